@@ -1,0 +1,137 @@
+"""The hardware: a GPU, the links between GPUs, and how many of them there are. Presets and cluster files are data."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from planner.documents import Document, convert, load
+from planner.errors import InputError
+
+SCHEMA = "meshwright.cluster/1"
+Device = Literal["cuda", "cpu", "other"]
+
+
+class Gpu(Document, kw_only=True):
+    """One accelerator (or one CPU rank). FLOP/s are dense, without sparsity."""
+
+    name: str
+    memory_bytes: int
+    """What a process can allocate at most, the driver's share already taken off."""
+    peak_flops_per_second: dict[str, float]
+    """Peak by data type: "bf16", "fp16", "fp32"."""
+    memory_bandwidth_bytes_per_second: float
+    reserved_bytes: int = 0
+    """Held by the runtime outside the allocator: CUDA context, communicator buffers."""
+    power_watts: float | None = None
+    source: str = ""
+
+
+class Link(Document, kw_only=True):
+    """A link as one GPU sees it: what it can send, one direction, and the time of an empty message."""
+
+    bandwidth_bytes_per_second: float
+    latency_seconds: float
+    source: str = ""
+
+
+class Efficiency(Document, kw_only=True):
+    """How much of the peaks is reached. Each is a fraction in (0, 1] unless it says otherwise."""
+
+    matmul: float = 0.8
+    """Of peak FLOP/s, by a large matrix product."""
+    memory: float = 0.8
+    """Of memory bandwidth, by element-wise operations."""
+    collective: float = 0.8
+    """Of link bandwidth, by a large ring collective."""
+    source: str = ""
+
+
+class ClusterSpec(Document, kw_only=True):
+    """GPUs in nodes: fast links inside a node, slower ones between nodes."""
+
+    schema: str = SCHEMA
+    name: str
+    device: Device = "cuda"
+    num_gpus: int
+    gpus_per_node: int
+    gpu: Gpu
+    intra_node: Link
+    inter_node: Link
+    efficiency: Efficiency = Efficiency()
+    cores_per_node: int | None = None
+    """On CPUs, the cores that all ranks of a node share; null where each rank has a device of its own."""
+    price_per_gpu_hour: float | None = None
+    source: str = ""
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_gpus // self.gpus_per_node)
+
+
+def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
+    """`cluster` itself when its numbers are possible. Raises InputError that names the field."""
+    checks: tuple[tuple[str, float], ...] = (
+        ("num_gpus", cluster.num_gpus),
+        ("gpus_per_node", cluster.gpus_per_node),
+        ("gpu.memory_bytes", cluster.gpu.memory_bytes),
+        ("gpu.memory_bandwidth_bytes_per_second", cluster.gpu.memory_bandwidth_bytes_per_second),
+        ("intra_node.bandwidth_bytes_per_second", cluster.intra_node.bandwidth_bytes_per_second),
+        ("inter_node.bandwidth_bytes_per_second", cluster.inter_node.bandwidth_bytes_per_second),
+        *((f"gpu.peak_flops_per_second.{key}", value) for key, value in cluster.gpu.peak_flops_per_second.items()),
+    )
+    for name, value in checks:
+        if not 0 < value < 1e20:
+            raise InputError(f"{where}: {name}", value, "a positive number is expected")
+    for name in ("matmul", "memory", "collective"):
+        value = getattr(cluster.efficiency, name)
+        if not 0 < value <= 1:
+            raise InputError(f"{where}: efficiency.{name}", value, "a fraction above 0 and at most 1 is expected")
+    if not cluster.gpu.peak_flops_per_second:
+        raise InputError(f"{where}: gpu.peak_flops_per_second", {}, "at least one data type is expected")
+    return cluster
+
+
+@functools.cache
+def presets() -> dict[str, ClusterSpec]:
+    """All presets by name; `num_gpus` is that of one node."""
+    found: dict[str, ClusterSpec] = {}
+    folder = resources.files("planner") / "presets" / "clusters"
+    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".json"):
+            spec = convert(json.loads(entry.read_text(encoding="utf-8")), ClusterSpec, entry.name, SCHEMA)
+            found[spec.name] = spec
+    return found
+
+
+ALIASES = {"a100": "a100-80gb", "v100": "v100-32gb", "h100": "h100-80gb", "h200": "h200-141gb", "b200": "b200-180gb"}
+
+
+def load_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
+    """The cluster that `text` names: `PRESET`, `PRESET:NUM_GPUS`, or a cluster file (`FILE` or `FILE:NUM_GPUS`)."""
+    name, _, count = text.partition(":")
+    if name.endswith(".json") or Path(name).is_file():
+        cluster = load(name, ClusterSpec, SCHEMA, where)
+    else:
+        key = ALIASES.get(name.lower(), name.lower())
+        if key not in presets():
+            close = difflib.get_close_matches(key, [*presets(), *ALIASES], n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise InputError(where, text, f"{hint}`plan clusters` lists the presets; PRESET:NUM_GPUS or a cluster file works")
+        cluster = presets()[key]
+    if ":" in text:
+        if not count.isdigit() or not 1 <= int(count) <= 10_000_000:
+            raise InputError(where, text, "the number of GPUs after the colon must be a positive integer")
+        cluster = with_num_gpus(cluster, int(count))
+    return validate(cluster, where)
+
+
+def with_num_gpus(cluster: ClusterSpec, num_gpus: int) -> ClusterSpec:
+    """The same hardware with another number of GPUs."""
+    return msgspec.structs.replace(cluster, num_gpus=num_gpus)

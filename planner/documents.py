@@ -1,0 +1,117 @@
+"""Reading and writing the JSON documents: checked against a schema, and written whole or not at all.
+
+Every document type is a frozen `msgspec.Struct` that forbids unknown fields (its class line says `kw_only=True`,
+which msgspec does not inherit). What a file holds is parsed by that
+schema and never evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from planner.errors import InputError
+
+T = TypeVar("T")
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that is stored as JSON: typed, frozen, and strict about its fields."""
+
+
+def read_text(path: str | os.PathLike[str], field: str) -> str:
+    """The text of the file at `path`. Raises InputError naming `field` when it can't be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(field, str(path), f"a readable file is expected ({reason})") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The JSON value in `text`. Raises InputError saying at which line it is broken."""
+    try:
+        return json.loads(text, parse_constant=lambda name: float("nan"))
+    except (ValueError, RecursionError) as error:
+        place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(where, text[:40], f"valid JSON is expected{place}") from None
+
+
+def convert(value: Any, document: type[T], where: str, schema: str | None = None) -> T:
+    """`value` (plain JSON data) as a `document`. Raises InputError that names the wrong field by its path.
+
+    With `schema`, the value must be an object whose field "schema" is exactly that.
+    """
+    if schema is not None:
+        if not isinstance(value, dict):
+            raise InputError(where, value, f'a JSON object with "schema": "{schema}" is expected')
+        if value.get("schema") != schema:
+            raise InputError(f"{where}: schema", value.get("schema"), f'"{schema}" is expected')
+    try:
+        return msgspec.convert(value, document)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        reason, _, path = message.partition(" - at `")
+        path = path.rstrip("`").removeprefix("$").removeprefix(".")
+        unknown = re.match(r"Object contains unknown field `(.*)`$", reason)
+        missing = re.match(r"Object missing required field `(.*)`$", reason)
+        if unknown or missing:
+            name = (unknown or missing).group(1)  # type: ignore[union-attr]
+            parent = _at(value, path)
+            path = f"{path}.{name}" if path else name
+            allowed = "no such field exists" if unknown else "this field is required"
+            found = parent.get(name) if isinstance(parent, dict) else None
+            raise InputError(f"{where}: {path}", found, allowed) from None
+        raise InputError(f"{where}: {path or 'document'}", _at(value, path), reason) from None
+
+
+def load(path: str | os.PathLike[str], document: type[T], schema: str, field: str = "file") -> T:
+    """The document stored at `path`."""
+    return convert(parse_json(read_text(path, field), str(path)), document, str(path), schema)
+
+
+def builtins(document: Any) -> Any:
+    """A document as plain dicts, lists, strings and numbers."""
+    return msgspec.to_builtins(document)
+
+
+def dumps(document: Any) -> str:
+    """A document as indented JSON text."""
+    return json.dumps(builtins(document), indent=2, allow_nan=False) + "\n"
+
+
+def write_text(path: str | os.PathLike[str], text: str, field: str = "--output") -> None:
+    """Writes `text` to `path` whole or not at all: a temporary file beside it, then a rename."""
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise InputError(field, str(path), f"a writable place is expected ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(field, str(path), f"a writable place is expected ({error.strerror})") from None
+        raise
+
+
+def _at(value: Any, path: str) -> Any:
+    """The part of `value` that msgspec's error path (`a.b[3].c`, `[...]` for map values) points to."""
+    for key, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", path):
+        try:
+            value = value[key] if key else value[int(index)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return value

@@ -1,0 +1,63 @@
+"""The layer graph: a networkx graph with a node per part of the model, and the chain of layers that a pipeline can cut.
+
+The parts are the embedding, and for each block its norms, attention and MLP, then the final norm and the head; an edge
+carries what one part sends to the next. A block's residual connections are edges around its parts. The chain of
+*layers*, where a pipeline may be cut, follows from the graph: the embedding, each block, and the head with the final
+norm. Plans count layers in that chain.
+
+Per part and token: parameters, forward FLOPs, saved activation bytes (bf16, nothing recomputed, no parallelism) and the
+bytes sent on. FLOPs count 2 per multiply-add of matrix products, with causal attention at its full s x s, the
+convention of Narayanan et al. 2021 (arXiv 2104.04473, appendix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import networkx as nx
+
+from planner.model import ModelSpec
+
+Kind = Literal["embedding", "norm", "attention", "mlp", "head"]
+LayerKind = Literal["embedding", "block", "head"]
+
+
+def attention_flops(model: ModelSpec, sequence_length: int) -> float:
+    """Forward FLOPs of one block's attention per token: projections 2·h·(2·a·d + 2·k·d), scores and values 4·s·a·d."""
+    projections = 2 * model.hidden_size * (2 * model.query_size + 2 * model.key_value_size)
+    return projections + 4 * sequence_length * model.query_size
+
+
+def mlp_flops(model: ModelSpec) -> float:
+    """Forward FLOPs of one block's MLP per token: 2·h·f per projection."""
+    return 2 * model.hidden_size * model.ffn_hidden_size * (3 if model.gated_ffn else 2)
+
+
+def head_flops(model: ModelSpec) -> float:
+    """Forward FLOPs of the output projection per token: 2·h·V."""
+    return 2 * model.hidden_size * model.vocab_size
+
+
+def forward_flops_per_token(model: ModelSpec, sequence_length: int) -> float:
+    """Forward FLOPs of the whole model per token."""
+    blocks = model.num_layers * (attention_flops(model, sequence_length) + mlp_flops(model))
+    return blocks + head_flops(model)
+
+
+def training_flops_per_token(model: ModelSpec, sequence_length: int) -> float:
+    """Forward and backward (twice the forward) FLOPs per token, without recomputation: the *model FLOPs* of MFU."""
+    return 3 * forward_flops_per_token(model, sequence_length)
+
+
+def layer_kinds(model: ModelSpec) -> Iterator[LayerKind]:
+    """The chain of layers as plans count them."""
+    yield "embedding"
+    for _ in range(model.num_layers):
+        yield "block"
+    yield "head"
+
+
+def layer_parameters(model: ModelSpec, kind: LayerKind) -> int:
+    """Parameters of one layer of the chain; a tied head has only its norm."""
+    return {"embedding": model.embedding_parameters, "block": model.block_parameters, "head": model.head_parameters}[kind]

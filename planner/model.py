@@ -1,0 +1,276 @@
+"""The model to train: its shape, its exact parameter counts, its presets and the reader of HF `config.json` files.
+
+Symbols used throughout the planner: L layers, h hidden size, f feed-forward size, a attention heads, k key-value
+heads, d head size, V vocabulary, s sequence length, b micro-batch size, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from planner.documents import Document, convert, parse_json, read_text
+from planner.errors import InputError
+
+PositionEmbedding = Literal["learned", "rope", "alibi"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "silu", "relu"]
+
+
+class ModelSpec(Document, kw_only=True):
+    """A decoder-only transformer by its shape. Sizes are counts of elements; nothing here depends on a cluster."""
+
+    name: str
+    num_layers: int
+    """Transformer blocks, embedding and head not counted."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_sequence_length: int
+    position_embedding: PositionEmbedding = "learned"
+    num_position_embeddings: int = 0
+    """Rows of the learned position table; 0 unless `position_embedding` is learned."""
+    norm: Norm = "layernorm"
+    num_norms_per_layer: int = 2
+    activation: Activation = "gelu"
+    gated_ffn: bool = False
+    """Whether the MLP has a gate projection beside the up projection (SwiGLU, GeGLU)."""
+    qkv_bias: bool = True
+    attention_output_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    qk_norm: bool = False
+    embedding_norm: bool = False
+    final_norm: bool = True
+    parallel_block: bool = False
+    """Whether attention and MLP read the same input and are added together (GPT-J, GPT-NeoX, Falcon)."""
+    tied_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-5
+    family: str = "gpt"
+    params_published: float | None = None
+    source: str = ""
+
+    @property
+    def query_size(self) -> int:
+        """a·d: elements of all query heads of one token."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """k·d: elements of all key heads of one token."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm: gain, and bias for LayerNorm."""
+        return self.hidden_size * (2 if self.norm == "layernorm" else 1)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one block's attention: h·(a·d + 2·k·d) + a·d·h, with biases and query/key norms where used."""
+        qkv = self.query_size + 2 * self.key_value_size
+        count = self.hidden_size * qkv + self.query_size * self.hidden_size
+        count += qkv if self.qkv_bias else 0
+        count += self.hidden_size if self.attention_output_bias else 0
+        return count + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one block's MLP: (2 or 3)·h·f, with biases where used."""
+        ups = 2 if self.gated_ffn else 1
+        count = (ups + 1) * self.hidden_size * self.ffn_hidden_size
+        return count + (ups * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one transformer block with its norms."""
+        return self.attention_parameters + self.mlp_parameters + self.num_norms_per_layer * self.norm_parameters
+
+    @property
+    def token_embedding_parameters(self) -> int:
+        """V·h."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the first layer: token table, position table, embedding norm."""
+        count = self.token_embedding_parameters + self.num_position_embeddings * self.hidden_size
+        return count + (self.norm_parameters if self.embedding_norm else 0)
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the last layer: final norm, and the output projection unless it is the token table itself."""
+        count = self.norm_parameters if self.final_norm else 0
+        count += 0 if self.tied_embeddings else self.token_embedding_parameters
+        return count + (self.vocab_size if self.head_bias else 0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact count of trained parameters, a tied table counted once."""
+        return self.embedding_parameters + self.num_layers * self.block_parameters + self.head_parameters
+
+
+def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
+    """`model` itself, when its numbers can be those of a transformer. Raises InputError that names the field."""
+    positive = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_key_value_heads head_dim vocab_size "
+        "max_sequence_length"
+    ).split()
+    for name in positive:
+        value = getattr(model, name)
+        if value < 1 or value > 10**12:
+            raise InputError(f"{where}: {name}", value, "a positive integer is expected")
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise InputError(
+            f"{where}: num_key_value_heads",
+            model.num_key_value_heads,
+            f"a divisor of num_attention_heads ({model.num_attention_heads}) is expected",
+        )
+    if (model.position_embedding == "learned") != (model.num_position_embeddings > 0):
+        raise InputError(
+            f"{where}: num_position_embeddings",
+            model.num_position_embeddings,
+            "more than 0 with learned positions, 0 with any other",
+        )
+    if model.position_embedding == "rope" and model.head_dim % 2:
+        raise InputError(f"{where}: head_dim", model.head_dim, "rotary positions need an even number")
+    return model
+
+
+@functools.cache
+def presets() -> dict[str, ModelSpec]:
+    """All presets by name, in the order of their files."""
+    found: dict[str, ModelSpec] = {}
+    folder = resources.files("planner") / "presets" / "models"
+    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".json"):
+            for item in json.loads(entry.read_text(encoding="utf-8")):
+                spec = convert(item, ModelSpec, entry.name)
+                found[spec.name] = spec
+    return found
+
+
+ALIASES = {"gpt3": "gpt3-175b", "bloom": "bloom-176b", "llama2-7b": "llama-2-7b", "llama3-8b": "llama-3-8b"}
+
+
+def load_model(text: str, where: str = "--model") -> ModelSpec:
+    """The model that `text` names: a preset, or an HF `config.json` file, or a folder that holds one.
+
+    Raises InputError when there is no such model, or when its architecture can't be planned.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return read_hf_config(path / "config.json", where)
+    if path.suffix == ".json" or path.is_file():
+        return read_hf_config(path, where)
+    name = text.lower()
+    name = ALIASES.get(name, name)
+    known = presets()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, [*known, *ALIASES], n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise InputError(where, text, f"{hint}`plan models` lists the presets; an HF config.json or a folder with one works too")
+
+
+# One row per field: the HF names that may hold it, in order of preference.
+HF_KEYS: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "ffn_hidden_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "max_sequence_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_seq_len"),
+    "tied_embeddings": ("tie_word_embeddings",),
+    "norm_epsilon": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+}
+
+_LLAMA: dict[str, Any] = {
+    "family": "llama", "position_embedding": "rope", "norm": "rmsnorm", "activation": "silu", "gated_ffn": True,
+    "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied_embeddings": False,
+}  # fmt: skip
+_NEOX: dict[str, Any] = {
+    "family": "neox", "position_embedding": "rope", "tied_embeddings": False, "parallel_block": True,
+}  # fmt: skip
+# What an architecture fixes, by HF `model_type`. A key of the config, where it has one, wins over this table.
+HF_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt", "position_embedding": "learned"},
+    "opt": {"family": "opt", "position_embedding": "learned", "activation": "relu"},
+    "bloom": {"family": "bloom", "position_embedding": "alibi", "embedding_norm": True, "max_sequence_length": 2048},
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"family": "mistral"},
+    "qwen2": _LLAMA | {"family": "qwen2", "qkv_bias": True},
+    "qwen3": _LLAMA | {"family": "qwen3", "qk_norm": True},
+    "gemma": _LLAMA | {"family": "gemma", "activation": "gelu", "tied_embeddings": True},
+    "gemma2": _LLAMA | {"family": "gemma2", "activation": "gelu", "tied_embeddings": True, "num_norms_per_layer": 4},
+    "gpt_neox": _NEOX,
+    "gptj": _NEOX | {"family": "gptj", "num_norms_per_layer": 1, "qkv_bias": False, "attention_output_bias": False, "head_bias": True},
+    "phi": _NEOX | {"family": "phi", "num_norms_per_layer": 1, "head_bias": True},
+}  # fmt: skip
+
+
+def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
+    """The model that an HF `config.json` describes. Raises InputError naming the key that is missing or unusable."""
+    config = parse_json(read_text(path, where), str(path))
+    if not isinstance(config, dict):
+        raise InputError(str(path), config, "a JSON object is expected")
+    kind = config.get("model_type")
+    if kind not in HF_ARCHITECTURES:
+        raise InputError(f"{path}: model_type", kind, f"one of {', '.join(sorted(HF_ARCHITECTURES))} is expected")
+    values = dict(HF_ARCHITECTURES[kind])
+    for field, keys in HF_KEYS.items():
+        for key in keys:
+            if config.get(key) is not None:
+                values[field] = config[key]
+                break
+    for required in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        if required not in values:
+            raise InputError(f"{path}: {HF_KEYS[required][0]}", None, f"the config of a {kind} model needs it")
+        if not isinstance(values[required], int) or values[required] < 1:
+            raise InputError(f"{path}: {HF_KEYS[required][0]}", values[required], "a positive integer is expected")
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    if "head_dim" not in values:
+        if values["hidden_size"] % values["num_attention_heads"]:
+            raise InputError(
+                f"{path}: num_attention_heads",
+                values["num_attention_heads"],
+                f"a divisor of hidden_size ({values['hidden_size']}) is expected where head_dim is not given",
+            )
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
+    values.setdefault("max_sequence_length", 2048)
+    if kind == "llama" and config.get("attention_bias"):
+        values |= {"qkv_bias": True, "attention_output_bias": True}
+    if kind == "llama" and config.get("mlp_bias"):
+        values["mlp_bias"] = True
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    if kind == "opt":
+        if config.get("word_embed_proj_dim") not in (None, values["hidden_size"]):
+            raise InputError(f"{path}: word_embed_proj_dim", config["word_embed_proj_dim"], "only the hidden size is supported")
+        if config.get("do_layer_norm_before") is False:
+            raise InputError(f"{path}: do_layer_norm_before", False, "only pre-norm OPT models are supported")
+    if values["position_embedding"] == "learned":
+        # OPT keeps two rows before position 0 (transformers, OPTLearnedPositionalEmbedding).
+        values["num_position_embeddings"] = values["max_sequence_length"] + (2 if kind == "opt" else 0)
+    name = config.get("_name_or_path") or path.resolve().parent.name
+    return validate(convert(values | {"name": str(name), "source": "HF config.json"}, ModelSpec, str(path)), str(path))
+
+
+def replace(model: ModelSpec, **changes: Any) -> ModelSpec:
+    """A copy of `model` with some fields changed."""
+    return msgspec.structs.replace(model, **changes)

@@ -1,0 +1,179 @@
+"""Timelines: actions with start and end, predicted or measured, in one type.
+
+One bubble formula, one trace writer and one picture serve both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from planner.documents import Document
+from planner.schedule import COMPUTE_KINDS, Action, Actions
+
+SCHEMA = "meshwright.timeline/1"
+
+
+class Event(NamedTuple):
+    """One action of one rank, in seconds from the start of the step."""
+
+    rank: int
+    kind: str
+    stage: int
+    microbatch: int
+    start: float
+    end: float
+
+
+class Timeline(Document, kw_only=True):
+    """The events of one step. `rank` is a pipeline rank in a simulation and a global rank in a measurement."""
+
+    schema: str = SCHEMA
+    source: str
+    """"simulated", "measured" or "rehearsed"."""
+    events: tuple[Event, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({event.rank for event in self.events})
+
+    @property
+    def end(self) -> float:
+        return max((event.end for event in self.events), default=0.0)
+
+
+class DeadlockError(RuntimeError):
+    """The action lists wait for each other in a circle."""
+
+
+def simulate(
+    lists: Sequence[Actions],
+    seconds: Callable[[Action], float],
+    transfer_seconds: Callable[[Action], float],
+    *,
+    blocking_send_seconds: Callable[[Action], float] | None = None,
+) -> Timeline:
+    """Walks the action lists of all pipeline ranks and returns when each action starts and ends.
+
+    `seconds` is the time of a compute, REDUCE or OPTIMIZER action, `transfer_seconds` of a message, given its SEND
+    action, from the start of the send to its arrival. A rank does one action at a time in the order of its list. A send
+    holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived.
+    """
+    clocks = [0.0] * len(lists)
+    positions = [0] * len(lists)
+    arrivals: dict[tuple[str, int, int], float] = {}
+    ends: dict[Action, float] = {}
+    events: list[Event] = []
+    remaining = sum(len(actions) for actions in lists)
+    last_stage = max((action.stage for actions in lists for action in actions), default=0)
+    while remaining:
+        before = remaining
+        for rank, actions in enumerate(lists):
+            clock, position = clocks[rank], positions[rank]
+            while position < len(actions):
+                action = actions[position]
+                kind, stage, microbatch = action
+                start = clock
+                if kind in COMPUTE_KINDS:
+                    ready = _local_dependency(action, last_stage)
+                    if ready is not None and ready in ends:
+                        start = max(start, ends[ready])
+                    clock = start + seconds(action)
+                    ends[action] = clock
+                elif kind == "SEND_F":
+                    arrivals["RECV_F", stage + 1, microbatch] = start + transfer_seconds(action)
+                    clock = start + (blocking_send_seconds(action) if blocking_send_seconds else 0.0)
+                elif kind == "SEND_B":
+                    arrivals["RECV_B", stage - 1, microbatch] = start + transfer_seconds(action)
+                    clock = start + (blocking_send_seconds(action) if blocking_send_seconds else 0.0)
+                elif kind in ("RECV_F", "RECV_B"):
+                    arrival = arrivals.get(action)
+                    if arrival is None:
+                        break
+                    clock = max(clock, arrival)
+                else:
+                    clock = start + seconds(action)
+                events.append(Event(rank, kind, stage, microbatch, start, clock))
+                position += 1
+                remaining -= 1
+            clocks[rank], positions[rank] = clock, position
+        if remaining == before:
+            waiting = [actions[position] for actions, position in zip(lists, positions, strict=True) if position < len(actions)]
+            raise DeadlockError(f"the schedule waits for itself: {waiting}")
+    return Timeline(source="simulated", events=tuple(events))
+
+
+def _local_dependency(action: Action, last_stage: int) -> Action | None:
+    """The neighbouring stage's compute that `action` needs; it is looked up only where both are on one rank."""
+    kind, stage, microbatch = action
+    if kind == "F" and stage > 0:
+        return Action("F", stage - 1, microbatch)
+    if kind in "BI" and stage < last_stage:
+        return Action(kind, stage + 1, microbatch)
+    return None
+
+
+def window(timeline: Timeline) -> tuple[float, float]:
+    """The pipeline phase of the step: from the first compute action's start to the last one's end, over all ranks."""
+    compute = [event for event in timeline.events if event.kind in COMPUTE_KINDS]
+    if not compute:
+        return (0.0, 0.0)
+    return min(event.start for event in compute), max(event.end for event in compute)
+
+
+def busy_seconds(timeline: Timeline) -> dict[int, float]:
+    """Seconds that each rank spends in compute actions."""
+    busy = dict.fromkeys(timeline.ranks, 0.0)
+    for event in timeline.events:
+        if event.kind in COMPUTE_KINDS:
+            busy[event.rank] += event.end - event.start
+    return busy
+
+
+def bubble_fractions(timeline: Timeline) -> dict[int, float]:
+    """Idle time over total time of each rank within the pipeline phase; waiting for a message is idle.
+
+    For equal stages without communication GPipe and 1F1B give (p - 1) / (m + p - 1) (Narayanan et al. 2021,
+    section 2.2, as a share of the whole), and naive model parallelism 1 - 1/p.
+    """
+    first, last = window(timeline)
+    span = last - first
+    return {rank: (1.0 - busy / span if span > 0 else 0.0) for rank, busy in busy_seconds(timeline).items()}
+
+
+def bubble_fraction(timeline: Timeline) -> float:
+    """The mean over the ranks."""
+    fractions = bubble_fractions(timeline)
+    return sum(fractions.values()) / len(fractions) if fractions else 0.0
+
+
+def exposed_communication_seconds(timeline: Timeline) -> dict[int, float]:
+    """Seconds that each rank spends in sends, receives and reductions."""
+    exposed = dict.fromkeys(timeline.ranks, 0.0)
+    for event in timeline.events:
+        if event.kind.startswith(("SEND", "RECV", "REDUCE")):
+            exposed[event.rank] += event.end - event.start
+    return exposed
+
+
+def chrome_trace(timelines: Iterable[Timeline]) -> str:
+    """The timelines as Chrome/Perfetto trace JSON: one process per rank, one thread per timeline, times in µs."""
+    rows: list[dict[str, object]] = []
+    for thread, timeline in enumerate(timelines):
+        for rank in timeline.ranks:
+            rows.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+            rows.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_name", "args": {"name": timeline.source}})
+        for event in timeline.events:
+            rows.append(
+                {
+                    "ph": "X",
+                    "pid": event.rank,
+                    "tid": thread,
+                    "ts": round(event.start * 1e6, 3),
+                    "dur": round((event.end - event.start) * 1e6, 3),
+                    "cat": "compute" if event.kind in COMPUTE_KINDS else "communication",
+                    "name": f"{event.kind} s{event.stage} m{event.microbatch}",
+                }
+            )
+    return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}, separators=(",", ":"))
