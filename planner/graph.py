@@ -61,3 +61,51 @@ def layer_kinds(model: ModelSpec) -> Iterator[LayerKind]:
 def layer_parameters(model: ModelSpec, kind: LayerKind) -> int:
     """Parameters of one layer of the chain; a tied head has only its norm."""
     return {"embedding": model.embedding_parameters, "block": model.block_parameters, "head": model.head_parameters}[kind]
+
+
+def layer_graph(model: ModelSpec, sequence_length: int) -> nx.DiGraph:
+    """The parts of the model as nodes, in order, and what flows between them as edges.
+
+    Node attributes: `kind`, `layer` (its index in the chain of layers), `num_parameters`, `forward_flops` (per token),
+    `saved_bytes` (per token, bf16) and `sent_bytes` (per token, bf16, to each successor).
+    """
+    graph = nx.DiGraph(name=model.name)
+    h = model.hidden_size
+    residual: str | None = None
+
+    def add(name: str, kind: Kind, layer: int, parameters: int, flops: float, saved: float, *sources: str | None) -> str:
+        graph.add_node(
+            name, kind=kind, layer=layer, num_parameters=parameters, forward_flops=flops, saved_bytes=saved, sent_bytes=2 * h
+        )
+        graph.add_edges_from((source, name) for source in dict.fromkeys(sources) if source is not None)
+        return name
+
+    residual = add("embedding", "embedding", 0, model.embedding_parameters, 0.0, 0.0)
+    norms = model.num_norms_per_layer
+    attention_saved = 2 * (h + 2 * model.query_size + 2 * model.key_value_size)
+    mlp_saved = 2 * (h + model.ffn_hidden_size * (4 if model.gated_ffn else 2))
+    for index in range(model.num_layers):
+        layer, name = index + 1, f"block.{index}"
+        before = add(f"{name}.norm1", "norm", layer, model.norm_parameters, 0.0, 2 * h, residual)
+        attention_sources = (before, residual)
+        attended = add(
+            f"{name}.attention", "attention", layer, model.attention_parameters,
+            attention_flops(model, sequence_length), attention_saved, *attention_sources,
+        )  # fmt: skip
+        if norms == 4:
+            attended = add(f"{name}.norm2", "norm", layer, model.norm_parameters, 0.0, 2 * h, attended)
+        if model.parallel_block:
+            middle = before if norms == 1 else add(f"{name}.norm2", "norm", layer, model.norm_parameters, 0.0, 2 * h, residual)
+            mlp_sources: tuple[str, ...] = (middle, attended)
+        else:
+            middle = add(f"{name}.norm{3 if norms == 4 else 2}", "norm", layer, model.norm_parameters, 0.0, 2 * h, attended)
+            mlp_sources = (middle, attended)
+        residual = add(f"{name}.mlp", "mlp", layer, model.mlp_parameters, mlp_flops(model), mlp_saved, *mlp_sources)
+        if norms == 4:
+            residual = add(f"{name}.norm4", "norm", layer, model.norm_parameters, 0.0, 2 * h, residual)
+    last = model.num_layers + 1
+    if model.final_norm:
+        residual = add("norm", "norm", last, model.norm_parameters, 0.0, 2 * h, residual)
+    projection = model.head_parameters - (model.norm_parameters if model.final_norm else 0)
+    add("head", "head", last, projection, head_flops(model), 2 * h, residual)
+    return graph
