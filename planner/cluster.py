@@ -29,6 +29,8 @@ class Gpu(Document, kw_only=True):
     memory_bandwidth_bytes_per_second: float
     reserved_bytes: int = 0
     """Held by the runtime outside the allocator: CUDA context, communicator buffers."""
+    num_multiprocessors: int | None = None
+    """Units that the tiles of a matrix product are spread over; null where that is not modelled."""
     power_watts: float | None = None
     source: str = ""
 
@@ -49,7 +51,19 @@ class Efficiency(Document, kw_only=True):
     memory: float = 0.8
     """Of memory bandwidth, by element-wise operations."""
     collective: float = 0.8
-    """Of link bandwidth, by a large ring collective."""
+    """Of link bandwidth, by a large ring collective inside a node."""
+    inter_node_collective: float = 0.8
+    """Of link bandwidth, by a large ring collective between nodes."""
+    point_to_point: float = 0.8
+    """Of link bandwidth, by a large message between two ranks."""
+    attention: float = 0.6
+    """Of peak FLOP/s, by the forward pass of fused (flash) attention."""
+    matmul_depth_overhead: float = 0.0
+    """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
+    kernel_seconds: float = 0.0
+    """Least time of a kernel: its launch and its ramp."""
+    time_scale: float = 1.0
+    """Fitted: measured over predicted compute time on this cluster. 1 where nothing was fitted."""
     source: str = ""
 
 
@@ -89,7 +103,7 @@ def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
     for name, value in checks:
         if not 0 < value < 1e20:
             raise InputError(f"{where}: {name}", value, "a positive number is expected")
-    for name in ("matmul", "memory", "collective"):
+    for name in ("matmul", "memory", "collective", "inter_node_collective", "point_to_point", "attention"):
         value = getattr(cluster.efficiency, name)
         if not 0 < value <= 1:
             raise InputError(f"{where}: efficiency.{name}", value, "a fraction above 0 and at most 1 is expected")

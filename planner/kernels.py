@@ -1,0 +1,70 @@
+"""Seconds of one operation on one device: matrix products and attention by roofline, element-wise work by bandwidth.
+
+A kernel takes as long as the slower of its arithmetic and its memory traffic, and its launch on top (Williams et al.
+2009, "Roofline"). What share of the peak a matrix product reaches depends on its shape: see `matmul_seconds`.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from planner.cluster import ClusterSpec
+from planner.plan import Precision
+
+ELEMENT_BYTES: dict[str, int] = {"mixed-bf16": 2, "bf16": 2, "fp32": 4}
+"""Bytes of an activation or weight in the forward pass."""
+
+
+def peak_flops_per_second(cluster: ClusterSpec, precision: Precision) -> float:
+    """The device's peak for the data type that matrix products of this precision use; fp16 stands in where bf16 is not known."""
+    peaks = cluster.gpu.peak_flops_per_second
+    wanted = ("fp32",) if precision == "fp32" else ("bf16", "fp16", "fp32")
+    for name in wanted:
+        if name in peaks:
+            return peaks[name]
+    return max(peaks.values())
+
+
+def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, columns: float, depth: float, batch: float = 1) -> float:
+    """Time of `batch` products of a (rows x depth) with a (depth x columns) matrix.
+
+    Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, times (depth + d0)/depth for the
+    prologue and epilogue of each tile (d0 = `efficiency.matmul_depth_overhead`), times the idle share of the last wave
+    of tiles over the multiprocessors. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
+    """
+    if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
+        return 0.0
+    efficiency, gpu = cluster.efficiency, cluster.gpu
+    size = ELEMENT_BYTES[precision]
+    traffic = batch * size * (rows * depth + depth * columns + rows * columns) / (gpu.memory_bandwidth_bytes_per_second * efficiency.memory)
+    arithmetic = 2.0 * rows * columns * depth * batch / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
+    arithmetic *= (depth + efficiency.matmul_depth_overhead) / depth
+    units = gpu.num_multiprocessors
+    if units:
+        arithmetic *= _wave_factor(rows, columns, batch, units)
+    return max(arithmetic, traffic) + efficiency.kernel_seconds
+
+
+def _wave_factor(rows: float, columns: float, batch: float, units: int) -> float:
+    """Time of whole waves of tiles over time of the tiles that are there; the better of the two usual tile shapes."""
+    best = 4.0
+    for tile_rows, tile_columns in ((128, 256), (128, 128)):
+        tiles = ceil(rows / tile_rows) * ceil(columns / tile_columns) * batch
+        exact = rows * columns * batch / (tile_rows * tile_columns)
+        best = min(best, ceil(tiles / units) * units / exact)
+    return best
+
+
+def elementwise_seconds(cluster: ClusterSpec, num_bytes: float) -> float:
+    """Time of kernels that read and write `num_bytes` in all."""
+    efficiency = cluster.efficiency
+    if num_bytes <= 0:
+        return 0.0
+    return num_bytes / (cluster.gpu.memory_bandwidth_bytes_per_second * efficiency.memory) + efficiency.kernel_seconds
+
+
+def core_share(cluster: ClusterSpec, num_ranks: int) -> float:
+    """How much slower a rank computes when all ranks of its node compute at once on shared cores; 1 where each has a device."""
+    if not cluster.cores_per_node:
+        return 1.0
+    return max(1.0, min(num_ranks, cluster.gpus_per_node) / cluster.cores_per_node)

@@ -1,0 +1,81 @@
+"""Seconds of one message or collective: latency plus bandwidth on the link that the group really uses.
+
+Which link that is follows from the plan's rank order: the group of an axis holds ranks a fixed stride apart, and ranks
+fill the nodes in order. Ring collectives as in Patarasuk and Yuan 2009; a ring that passes through a node with c of
+the group's ranks can use c network cards, as NCCL's channels do.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2
+from typing import NamedTuple
+
+from planner.cluster import ClusterSpec
+from planner.plan import Axis, Decisions
+
+
+class Group(NamedTuple):
+    """Ranks that communicate, as each of them sees it."""
+
+    size: int
+    nodes: int
+    bandwidth: float
+    """Bytes per second that one rank moves in a large ring, efficiency included."""
+    latency: float
+    """Seconds of an empty message on the slowest link."""
+
+
+def axis_stride(decisions: Decisions, axis: Axis) -> int:
+    """Distance between neighbouring ranks of an axis."""
+    sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
+    stride = 1
+    for name in decisions.rank_order:
+        if name == axis:
+            return stride
+        stride *= sizes[name]
+    return stride
+
+
+def group(cluster: ClusterSpec, size: int, stride: int) -> Group:
+    """The group of `size` ranks that lie `stride` apart."""
+    efficiency = cluster.efficiency
+    per_node = max(1, min(size, cluster.gpus_per_node // stride)) if stride <= cluster.gpus_per_node else 1
+    nodes = ceil(size / per_node)
+    inside = cluster.intra_node
+    if nodes == 1:
+        return Group(size, 1, inside.bandwidth_bytes_per_second * efficiency.collective, inside.latency_seconds)
+    outside = cluster.inter_node
+    bandwidth = min(inside.bandwidth_bytes_per_second, outside.bandwidth_bytes_per_second * per_node) if per_node > 1 else (
+        outside.bandwidth_bytes_per_second
+    )
+    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, outside.latency_seconds)
+
+
+def axis_group(cluster: ClusterSpec, decisions: Decisions, axis: Axis) -> Group:
+    """The group of a mesh axis."""
+    sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
+    return group(cluster, sizes[axis], axis_stride(decisions, axis))
+
+
+def all_reduce_seconds(ranks: Group, num_bytes: float) -> float:
+    """2·(n-1)/n of the bytes through the ring; the latency is a ring's or a double tree's, whichever is less."""
+    return reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes)
+
+
+def all_gather_seconds(ranks: Group, num_bytes: float) -> float:
+    """Every rank ends up with `num_bytes`, having begun with 1/n of it."""
+    n = ranks.size
+    if n == 1 or num_bytes <= 0:
+        return 0.0
+    return (n - 1) / n * num_bytes / ranks.bandwidth + ranks.latency * min(n - 1, 2 * log2(n) + 1)
+
+
+def reduce_scatter_seconds(ranks: Group, num_bytes: float) -> float:
+    """Every rank begins with `num_bytes` and ends with 1/n of the sum."""
+    return all_gather_seconds(ranks, num_bytes)
+
+
+def message_seconds(cluster: ClusterSpec, num_bytes: float, same_node: bool) -> float:
+    """A message between two ranks, of one node or of two."""
+    link = cluster.intra_node if same_node else cluster.inter_node
+    return link.latency_seconds + num_bytes / (link.bandwidth_bytes_per_second * cluster.efficiency.point_to_point)

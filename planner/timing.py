@@ -1,0 +1,265 @@
+"""Seconds of a whole optimizer step: the plan's action lists walked with the times of its layers.
+
+`predict_timeline` is the walk with every event; `predict_time` walks the same lists without keeping events, and in as
+few micro-batches as the result needs: beyond a start-up the walk repeats itself, each p further micro-batches adding
+the same time (a max-plus linear system, Baccelli et al. 1992), which tests/test_timing.py checks against the full walk.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from planner.graph import LayerKind, training_flops_per_token
+from planner.kernels import peak_flops_per_second
+from planner.layer_time import (
+    LayerSeconds,
+    layer_seconds,
+    optimizer_seconds,
+    parameters_per_rank,
+    reduce_seconds,
+    software_of,
+    tensor_parallel_seconds,
+    transfer_seconds,
+)
+from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head
+from planner.schedule import Action, actions, plan_actions
+from planner.software import Software
+from planner.timeline import DeadlockError, Timeline, simulate
+
+__all__ = [
+    "LayerSeconds",
+    "TimePrediction",
+    "layer_seconds",
+    "optimizer_seconds",
+    "predict_time",
+    "predict_timeline",
+    "reduce_seconds",
+    "transfer_seconds",
+]
+
+
+class TimePrediction(NamedTuple):
+    """What `predict_time` says. The tuples hold one figure per pipeline rank, for one micro-batch through all its stages."""
+
+    time: Time
+    forward_seconds: tuple[float, ...]
+    backward_seconds: tuple[float, ...]
+    breakdown: dict[str, float]
+    """Seconds of the step on its slowest rank, by what they go to; they add up to the step."""
+
+
+class _Durations(NamedTuple):
+    """Times by stage, and by rank for the optimizer."""
+
+    forward: list[float]
+    backward: list[float]
+    backward_input: list[float]
+    backward_weight: list[float]
+    communication: list[float]
+    """Of forward and backward, the tensor-parallel part."""
+    reduce: list[float]
+    optimizer: list[float]
+    transfer: list[float]
+    """Messages from a stage to the next one, either way."""
+
+
+def predict_time(
+    inputs: Inputs, decisions: Decisions, software: Software | None = None, num_tokens: float | None = None
+) -> TimePrediction:
+    """The time of one optimizer step of a plan, and what follows from it."""
+    program = software or software_of(inputs)
+    durations = _durations(inputs, decisions, program)
+    p, m = decisions.pipeline_parallel, decisions.num_microbatches
+    ends = _rank_ends(decisions, durations)
+    slowest = max(range(p), key=ends.__getitem__)
+    step = ends[slowest] + program.step_seconds
+    owned: list[list[int]] = [[] for _ in range(p)]
+    for index, stage in enumerate(decisions.stages):
+        owned[stage.pipeline_rank].append(index)
+    forward = tuple(sum(durations.forward[i] for i in stages) for stages in owned)
+    backward = tuple(sum(durations.backward[i] for i in stages) for stages in owned)
+    mine = owned[slowest]
+    communication = m * sum(durations.communication[i] for i in mine)
+    reduction = sum(durations.reduce[i] for i in mine)
+    busy = m * (forward[slowest] + backward[slowest])
+    breakdown = {
+        "compute": busy - communication,
+        "tensor_parallel_communication": communication,
+        "bubble_and_pipeline_communication": max(0.0, ends[slowest] - busy - reduction - durations.optimizer[slowest]),
+        "data_parallel_communication": reduction,
+        "optimizer": durations.optimizer[slowest],
+        "fixed": program.step_seconds,
+    }
+    tails = [sum(durations.reduce[i] for i in owned[r]) + durations.optimizer[r] for r in range(p)]
+    span = max(end - tail for end, tail in zip(ends, tails, strict=True))
+    bubble = 1.0 - sum(m * (f + b) for f, b in zip(forward, backward, strict=True)) / (p * span) if span > 0 else 0.0
+    return TimePrediction(_time(inputs, decisions, step, bubble, breakdown, num_tokens), forward, backward, breakdown)
+
+
+def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> Timeline:
+    """The walk of the plan's action lists, event by event."""
+    durations = _durations(inputs, decisions, software or software_of(inputs))
+    by_kind = {
+        "F": durations.forward,
+        "B": durations.backward,
+        "I": durations.backward_input,
+        "W": durations.backward_weight,
+        "REDUCE": durations.reduce,
+    }
+    lists = plan_actions(decisions)
+    optimizer = iter(durations.optimizer)
+    optimizers = {id(ranks[-1]): next(optimizer) for ranks in lists}
+
+    def seconds(action: Action) -> float:
+        if action.kind == "OPTIMIZER":
+            return optimizers.get(id(action), max(durations.optimizer))
+        return by_kind[action.kind][action.stage]
+
+    def transfer(action: Action) -> float:
+        return durations.transfer[action.stage if action.kind == "SEND_F" else action.stage - 1]
+
+    return simulate(lists, seconds, transfer)
+
+
+def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Durations:
+    known: dict[tuple[LayerKind, Recompute], tuple[LayerSeconds, float, float]] = {}
+
+    def of(kind: LayerKind, level: Recompute) -> tuple[LayerSeconds, float, float]:
+        if (kind, level) not in known:
+            known[kind, level] = (
+                layer_seconds(inputs, decisions, kind, level, program),
+                tensor_parallel_seconds(inputs, decisions, kind, level, program),
+                parameters_per_rank(inputs.model, decisions.tensor_parallel, kind),
+            )
+        return known[kind, level]
+
+    out = _Durations([], [], [], [], [], [], [0.0] * decisions.pipeline_parallel, [])
+    parameters = [0.0] * decisions.pipeline_parallel
+    links: dict[int, float] = {}
+    for stage in decisions.stages:
+        counts: dict[tuple[LayerKind, Recompute], int] = {}
+        if has_embedding(stage):
+            counts["embedding", "none"] = 1
+        if has_head(stage, inputs.model):
+            counts["head", "none"] = 1
+        for level in block_levels(stage, inputs.model):
+            counts["block", level] = counts.get(("block", level), 0) + 1
+        sums = [0.0] * 6
+        for key, count in counts.items():
+            layer, communication, held = of(*key)
+            for index, value in enumerate((*layer, communication, held)):
+                sums[index] += count * value
+        for target, value in zip(out[:5], sums, strict=False):
+            target.append(value)
+        parameters[stage.pipeline_rank] += sums[5]
+        out.reduce.append(reduce_seconds(inputs, decisions, sums[5], program))
+        if stage.pipeline_rank not in links:
+            links[stage.pipeline_rank] = transfer_seconds(inputs, decisions, stage.pipeline_rank, program)
+        out.transfer.append(links[stage.pipeline_rank])
+    for rank, held in enumerate(parameters):
+        out.optimizer[rank] = optimizer_seconds(inputs, decisions, held, program)
+    return out
+
+
+class _Program(NamedTuple):
+    """Action lists in an order that respects their dependencies.
+
+    Each entry: rank, index into the flat durations, index of the entry it waits for (-1: none), and of the transfer that
+    lies between (-1: none).
+    """
+
+    entries: tuple[tuple[int, int, int, int], ...]
+
+
+@functools.lru_cache(maxsize=128)
+def _program(schedule: str, p: int, v: int, m: int) -> _Program:
+    """The action lists of a schedule, put in one order in which every entry comes after what it waits for."""
+    lists = actions(schedule, p, v, m)
+    stages = p * v
+    offsets = {"F": 0, "B": stages, "I": 2 * stages, "W": 3 * stages, "REDUCE": 4 * stages}
+    positions = [0] * p
+    made: dict[Action, int] = {}
+    entries: list[tuple[int, int, int, int]] = []
+    remaining = sum(len(ranks) for ranks in lists)
+    while remaining:
+        before = remaining
+        for rank, own in enumerate(lists):
+            position = positions[rank]
+            while position < len(own):
+                action = own[position]
+                kind, stage, microbatch = action
+                wait = link = -1
+                if kind == "F" and stage > 0:
+                    wait, link = made.get(Action("F", stage - 1, microbatch), -2), stage - 1
+                elif kind in "BI" and stage < stages - 1:
+                    wait, link = made.get(Action(kind, stage + 1, microbatch), -2), stage
+                if wait == -2:
+                    break
+                position += 1
+                remaining -= 1
+                if kind.startswith(("SEND", "RECV")):
+                    continue
+                if wait >= 0 and entries[wait][0] == rank:
+                    link = -1
+                slot = 5 * stages + rank if kind == "OPTIMIZER" else offsets[kind] + stage
+                made[action] = len(entries)
+                entries.append((rank, slot, wait, link))
+            positions[rank] = position
+        if remaining == before:
+            raise DeadlockError(f"{schedule} with {p} x {v} stages and {m} micro-batches waits for itself")
+    return _Program(tuple(entries))
+
+
+def _walk(schedule: str, p: int, v: int, m: int, flat: list[float], transfers: list[float]) -> list[float]:
+    """When each rank ends."""
+    clocks = [0.0] * p
+    ends: list[float] = []
+    append = ends.append
+    for rank, slot, wait, link in _program(schedule, p, v, m).entries:
+        clock = clocks[rank]
+        if wait >= 0:
+            ready = ends[wait] + transfers[link] if link >= 0 else ends[wait]
+            if ready > clock:
+                clock = ready
+        clock += flat[slot]
+        clocks[rank] = clock
+        append(clock)
+    return clocks
+
+
+def _rank_ends(decisions: Decisions, durations: _Durations) -> list[float]:
+    """When each rank ends its step; long runs of micro-batches by extrapolation from two short walks."""
+    schedule, p, v, m = decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+    flat = [*durations.forward, *durations.backward, *durations.backward_input, *durations.backward_weight, *durations.reduce, *durations.optimizer]
+    if p == 1:
+        return [m * (durations.forward[0] + durations.backward[0]) + durations.reduce[0] + durations.optimizer[0]]
+    first = 2 * p + m % p
+    if m <= first + p:
+        return _walk(schedule, p, v, m, flat, durations.transfer)
+    short = _walk(schedule, p, v, first, flat, durations.transfer)
+    longer = _walk(schedule, p, v, first + p, flat, durations.transfer)
+    rounds = (m - first) // p
+    return [start + rounds * (end - start) for start, end in zip(short, longer, strict=True)]
+
+
+def _time(
+    inputs: Inputs, decisions: Decisions, step: float, bubble: float, breakdown: dict[str, float], num_tokens: float | None
+) -> Time:
+    tokens = inputs.training.global_batch_size * inputs.training.sequence_length
+    flops = tokens * training_flops_per_token(inputs.model, inputs.training.sequence_length)
+    peak = peak_flops_per_second(inputs.cluster, inputs.training.precision) * decisions.world_size
+    days = None if num_tokens is None else num_tokens / tokens * step / 86400
+    return Time(
+        step_seconds=step,
+        step_seconds_interval=(0.85 * step, 1.15 * step),
+        bubble_fraction=bubble,
+        model_flops_utilization=flops / step / peak if step > 0 else None,
+        tokens_per_second=tokens / step if step > 0 else None,
+        training_days=days,
+        gpu_years=None if days is None else days * decisions.world_size / 365.25,
+        step_flops=flops,
+        breakdown_seconds=breakdown,
+    )
+
+
