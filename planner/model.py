@@ -58,6 +58,8 @@ class ModelSpec(Document, kw_only=True):
     norm_epsilon: float = 1e-5
     family: str = "gpt"
     params_published: float | None = None
+    num_training_tokens: float | None = None
+    """Tokens that the published model was trained on, where its paper says so."""
     source: str = ""
 
     @property

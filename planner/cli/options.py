@@ -1,0 +1,200 @@
+"""The options that commands share, and what they become: inputs, and the decisions that the user has fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from planner.cluster import ClusterSpec, load_cluster, presets, with_num_gpus
+from planner.errors import InputError
+from planner.model import ModelSpec, load_model
+from planner.plan import RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training
+
+PRECISIONS = ("mixed-bf16", "fp32", "bf16")
+OPTIMIZERS = ("adam", "sgd")
+PROFILES = ("meshwright", "megatron")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user said; None where nothing was said."""
+
+    model: str
+    cluster: str | None
+    global_batch_size: int | None
+    sequence_length: int | None
+    precision: str
+    optimizer: str
+    profile: str
+    memory_fraction: float
+    tensor_parallel: int | None
+    pipeline_parallel: int | None
+    data_parallel: int | None
+    zero_stage: int | None
+    micro_batch_size: int | None
+    schedule: str | None
+    num_virtual_stages: int | None
+    recompute: str | None
+    sequence_parallel: bool | None
+    num_tokens: float | None
+    price_per_gpu_hour: float | None
+
+    @property
+    def has_degrees(self) -> bool:
+        return any(
+            value is not None
+            for value in (
+                self.tensor_parallel,
+                self.pipeline_parallel,
+                self.data_parallel,
+                self.zero_stage,
+                self.micro_batch_size,
+                self.schedule,
+                self.num_virtual_stages,
+                self.recompute,
+                self.sequence_parallel,
+            )
+        )
+
+
+class _Positive(click.ParamType):
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = 0
+        if not 1 <= number <= 10**9:
+            raise InputError(param.opts[0] if param else "option", value, "a positive integer is expected")
+        return number
+
+
+class _Choice(click.Choice[str]):
+    """A choice whose error names the option, the value and what is allowed on one line."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            allowed = ", ".join(str(choice) for choice in self.choices)
+            raise InputError(param.opts[0] if param else "option", value, f"one of {allowed} is expected") from None
+
+
+class Number(click.ParamType):
+    """A positive number, as a plain or scientific figure (`300e9`)."""
+
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 < number < 1e30:
+            raise InputError(param.opts[0] if param else "option", value, "a positive number is expected")
+        return number
+
+
+POSITIVE = _Positive()
+NUMBER = Number()
+
+
+def choice(values: tuple[str, ...]) -> click.ParamType:
+    """An option's choice among `values`."""
+    return _Choice(values, case_sensitive=False)
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--model", required=True, help="A preset, an HF config.json (file or folder), or package.module:callable."),
+    click.option("--cluster", help="PRESET:NUM_GPUS, such as a100-80gb:1024, or a cluster file."),
+    click.option("--global-batch-size", type=POSITIVE, help="Samples per optimizer step, over all ranks."),
+    click.option("--sequence-length", type=POSITIVE, help="Tokens per sample. Default: the model's longest, at most 4096."),
+    click.option("--precision", type=choice(PRECISIONS), default="mixed-bf16", show_default=True, help="mixed-bf16: 2 + 2 + 12 bytes a parameter."),
+    click.option("--optimizer", type=choice(OPTIMIZERS), default="adam", show_default=True),
+    click.option("--profile", type=choice(PROFILES), default="meshwright", show_default=True, help="Whose implementation's memory is predicted."),
+    click.option("--memory-fraction", type=NUMBER, default=1.0, show_default=True, help="Of a GPU's memory that may be used."),
+    click.option("--tensor-parallel", "--tp", "tensor_parallel", type=POSITIVE),
+    click.option("--pipeline-parallel", "--pp", "pipeline_parallel", type=POSITIVE),
+    click.option("--data-parallel", "--dp", "data_parallel", type=POSITIVE),
+    click.option("--zero-stage", type=click.IntRange(0, 3), help="0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."),
+    click.option("--micro-batch-size", type=POSITIVE),
+    click.option("--schedule", type=choice(SCHEDULES)),
+    click.option("--num-virtual-stages", type=POSITIVE, help="Stages per pipeline rank, with interleaved schedules."),
+    click.option("--recompute", type=choice(RECOMPUTE_LEVELS)),
+    click.option("--sequence-parallel/--no-sequence-parallel", "sequence_parallel", default=None),
+    click.option("--num-tokens", type=NUMBER, help="Tokens of the whole training run, for days and cost."),
+    click.option("--price-per-gpu-hour", type=NUMBER, help="In your currency; gives the cost of the run."),
+)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of `plan estimate` and `plan solve` to a command, which gets them as keywords."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")
+
+
+def request_of(options: dict[str, Any]) -> Request:
+    """The Request in a command's keywords, which are taken out of `options`."""
+    return Request(**{field.name: options.pop(field.name) for field in dataclasses.fields(Request)})
+
+
+def model_of(request: Request) -> ModelSpec:
+    return load_model(request.model)
+
+
+def sequence_length_of(request: Request, model: ModelSpec) -> int:
+    """What was asked for, or the model's longest up to 4096."""
+    length = request.sequence_length or min(model.max_sequence_length, 4096)
+    if model.position_embedding == "learned" and length > model.max_sequence_length:
+        raise InputError("--sequence-length", length, f"{model.name} has {model.max_sequence_length} learned positions")
+    return length
+
+
+def cluster_of(request: Request) -> ClusterSpec:
+    """The cluster named, or as many A100s as the degrees need."""
+    product = (request.tensor_parallel or 1) * (request.pipeline_parallel or 1) * (request.data_parallel or 1)
+    if request.cluster is None:
+        cluster = with_num_gpus(presets()["a100-80gb"], product)
+    else:
+        cluster = load_cluster(request.cluster)
+        if ":" not in request.cluster and request.has_degrees and cluster.num_gpus % product:
+            cluster = with_num_gpus(cluster, product)
+    if request.price_per_gpu_hour is not None:
+        cluster = dataclasses_replace(cluster, price_per_gpu_hour=request.price_per_gpu_hour)
+    return cluster
+
+
+def dataclasses_replace(document: Any, **changes: Any) -> Any:
+    from planner.plan import replace
+
+    return replace(document, **changes)
+
+
+def training_of(request: Request, model: ModelSpec, default_batch: int | None) -> Training:
+    """The training inputs; `default_batch` stands in where no global batch size was given, and None demands one."""
+    if not 0 < request.memory_fraction <= 1:
+        raise InputError("--memory-fraction", request.memory_fraction, "a fraction above 0 and at most 1 is expected")
+    batch = request.global_batch_size or default_batch
+    if batch is None:
+        raise InputError("--global-batch-size", None, "it is required here: the samples of one optimizer step")
+    return Training(
+        global_batch_size=batch,
+        sequence_length=sequence_length_of(request, model),
+        precision=request.precision,  # type: ignore[arg-type]
+        optimizer=request.optimizer,  # type: ignore[arg-type]
+        profile=request.profile,  # type: ignore[arg-type]
+        memory_fraction=request.memory_fraction,
+    )
+
+
+def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
+    model = model_of(request)
+    return Inputs(model=model, cluster=cluster_of(request), training=training_of(request, model, default_batch))

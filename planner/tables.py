@@ -1,0 +1,258 @@
+"""Tables for people, drawn with rich. Memory in GiB, time in ms or s, and GB (10^9) only where the label says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from planner.cluster import ClusterSpec
+from planner.estimate import Estimate
+from planner.model import ModelSpec
+from planner.plan import (
+    Decisions,
+    Inputs,
+    Memory,
+    Plan,
+    PipelineRankPrediction,
+    Stage,
+    Time,
+    has_embedding,
+    has_head,
+    recompute_counts,
+    stage_blocks,
+)
+
+GIB = 2**30
+
+
+def show(*parts: RenderableType | str, width: int | None = None) -> str:
+    """The parts as plain or coloured text for a terminal, one below the other."""
+    console = Console(width=width, highlight=False, soft_wrap=False)
+    with console.capture() as capture:
+        console.print(Group(*(Text(part) if isinstance(part, str) else part for part in parts)))
+    return capture.get()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
+    """A plain table; the first `left` columns are aligned left, the others right."""
+    out = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        out.add_column(Text(column), justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
+    for row in rows:
+        out.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+    return out
+
+
+def gib(size: float | None) -> str:
+    if size is None:
+        return "–"
+    if size and abs(size) < 0.1 * GIB:
+        return f"{size / 2**20:,.2f} Mi"
+    return f"{size / GIB:,.2f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time with the unit that reads best."""
+    if value is None:
+        return "–"
+    if value >= 100:
+        return f"{value:,.0f} s"
+    if value >= 1:
+        return f"{value:.2f} s"
+    if value >= 1e-3:
+        return f"{value * 1e3:.1f} ms"
+    return f"{value * 1e6:.0f} µs"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def count(value: float | None) -> str:
+    """A count in the short form that papers use."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:,.1f}{unit}"
+    return f"{value:,.0f}"
+
+
+def models_table(models: Iterable[ModelSpec]) -> Table:
+    rows = [
+        (m.name, m.num_layers, m.hidden_size, m.num_attention_heads, m.num_key_value_heads, m.ffn_hidden_size, m.vocab_size, f"{m.num_parameters:,}")
+        for m in models
+    ]
+    return table("Model presets", ("name", "layers", "hidden", "heads", "kv heads", "ffn", "vocabulary", "parameters"), rows)
+
+
+def clusters_table(clusters: Iterable[ClusterSpec]) -> Table:
+    rows = [
+        (
+            c.name,
+            c.gpu.name,
+            f"{c.gpu.memory_bytes / GIB:.1f}",
+            f"{max(c.gpu.peak_flops_per_second.get('bf16', 0), c.gpu.peak_flops_per_second.get('fp16', 0)) / 1e12:,.3g}",
+            f"{c.gpu.memory_bandwidth_bytes_per_second / 1e9:,.4g}",
+            c.gpus_per_node,
+            f"{c.intra_node.bandwidth_bytes_per_second / 1e9:,.4g}",
+            f"{c.inter_node.bandwidth_bytes_per_second / 1e9:,.4g}",
+        )
+        for c in clusters
+    ]
+    columns = ("name", "GPU", "GiB", "16-bit TFLOP/s", "memory GB/s", "per node", "inside GB/s", "between GB/s")
+    return table("Cluster presets (links: one direction, per GPU)", columns, rows, left=2)
+
+
+def fields_table(title: str, values: dict[str, object]) -> Table:
+    return table(title, ("field", "value"), [(key, value) for key, value in values.items() if value is not None], left=2)
+
+
+def _layers(stage: Stage, model: ModelSpec) -> str:
+    parts = []
+    blocks = stage_blocks(stage, model)
+    if has_embedding(stage):
+        parts.append("embedding")
+    if len(blocks) == 1:
+        parts.append(f"block {blocks[0]}")
+    elif blocks:
+        parts.append(f"blocks {blocks[0]}–{blocks[-1]}")
+    if has_head(stage, model):
+        parts.append("head")
+    return " + ".join(parts)
+
+
+def _recompute(stage: Stage, model: ModelSpec) -> str:
+    blocks = len(stage_blocks(stage, model))
+    counts = recompute_counts(stage, blocks)
+    named = [(counts.full, "full"), (counts.selective, "selective"), (counts.none, "none")]
+    used = [(number, name) for number, name in named if number]
+    if len(used) <= 1:
+        return used[0][1] if used else "none"
+    return ", ".join(f"{number} {name}" for number, name in used)
+
+
+def degrees(decisions: Decisions) -> str:
+    """The plan in one line."""
+    parts = [f"TP {decisions.tensor_parallel} x PP {decisions.pipeline_parallel} x DP {decisions.data_parallel}"]
+    if decisions.pipeline_parallel > 1:
+        virtual = f" with {decisions.num_virtual_stages} stages a rank" if decisions.num_virtual_stages > 1 else ""
+        parts.append(f"{decisions.schedule}{virtual}")
+    parts.append(f"micro-batch {decisions.micro_batch_size} x {decisions.num_microbatches}")
+    if decisions.data_parallel > 1:
+        parts.append(f"ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "no ZeRO")
+    if decisions.sequence_parallel:
+        parts.append("sequence parallel")
+    return ", ".join(parts)
+
+
+def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fits: bool | None, ranks: Sequence[PipelineRankPrediction]) -> str:
+    """The answer first: does it fit, where is it tight, how fast is it."""
+    capacity = inputs.cluster.gpu.memory_bytes
+    worst = max(ranks, key=lambda rank: rank.memory.total_bytes)
+    where = f"pipeline rank {worst.pipeline_rank}" if len(ranks) > 1 else "every GPU"
+    answer = "FITS" if fits else "DOES NOT FIT"
+    headroom = worst.headroom_bytes or 0
+    room = f"{gib(headroom)} GiB to spare" if headroom >= 0 else f"{gib(-headroom)} GiB too much"
+    lines = [
+        f"{answer}: {inputs.model.name} on {inputs.cluster.num_gpus:,} x {inputs.cluster.gpu.name} ({degrees(decisions)})",
+        f"  memory: {gib(memory.total_bytes)} GiB at its peak on {where}, of {gib(capacity)} GiB ({room})",
+    ]
+    low_high = ""
+    if time.step_seconds_interval:
+        low_high = f" (80 % interval {seconds(time.step_seconds_interval[0])} to {seconds(time.step_seconds_interval[1])})"
+    lines.append(
+        f"  step: {seconds(time.step_seconds)}{low_high}, bubble {percent(time.bubble_fraction)}, "
+        f"MFU {percent(time.model_flops_utilization)}, {count(time.tokens_per_second)} tokens/s"
+    )
+    if time.training_days is not None:
+        lines.append(f"  training: {time.training_days:,.1f} days, {time.gpu_years:,.2f} GPU-years" if time.gpu_years else "")
+    return "\n".join(line for line in lines if line)
+
+
+def stage_table(inputs: Inputs, decisions: Decisions, ranks: Sequence[PipelineRankPrediction]) -> Table:
+    """A row per pipeline rank: what is on it and what it needs."""
+    rows = []
+    for rank in ranks:
+        mine = [decisions.stages[index] for index in rank.stages]
+        rows.append(
+            (
+                rank.pipeline_rank,
+                "; ".join(_layers(stage, inputs.model) for stage in mine),
+                "; ".join(dict.fromkeys(_recompute(stage, inputs.model) for stage in mine)),
+                gib(rank.memory.weights_bytes),
+                gib(rank.memory.gradients_bytes),
+                gib(rank.memory.optimizer_bytes),
+                gib(rank.memory.activations_bytes),
+                rank.num_in_flight,
+                gib(rank.memory.buffers_bytes),
+                gib(rank.memory.total_bytes),
+                gib(rank.headroom_bytes),
+                seconds(rank.forward_seconds),
+                seconds(rank.backward_seconds),
+            )
+        )
+    columns = (
+        "rank", "layers", "recompute", "weights", "gradients", "optimizer", "activations", "in flight", "buffers", "peak", "headroom",
+        "forward", "backward",
+    )  # fmt: skip
+    return table("Per pipeline rank (GiB; Mi = MiB; times per micro-batch)", columns, rows, left=3)
+
+
+def wall_view(estimate: Estimate) -> list[RenderableType | str]:
+    """The memory wall of a whole model."""
+    wall = estimate.wall
+    assert wall is not None
+    memory = estimate.memory
+    title = f"{estimate.model['name']}: {estimate.model['num_parameters']:,} parameters"
+    rows = [
+        (label, f"{size / 1e9:,.1f}", f"{size / GIB:,.1f}", f"{size / wall.gpu_memory_bytes:,.1f}")
+        for label, size in (
+            (f"weights ({wall.bytes_per_parameter[0]} B)", memory.weights_bytes),
+            (f"gradients ({wall.bytes_per_parameter[1]} B)", memory.gradients_bytes),
+            (f"optimizer ({wall.bytes_per_parameter[2]} B)", memory.optimizer_bytes),
+            ("together", memory.total_bytes),
+        )
+    ]
+    parts: list[RenderableType | str] = [
+        table(title, ("what training keeps", "GB (10^9)", "GiB", f"x {wall.gpu}"), rows),
+        f"The states alone fill {wall.num_gpus_for_states:,} x {wall.gpu} ({gib(wall.gpu_memory_bytes)} GiB each).",
+        "Activations of one sample: "
+        + ", ".join(f"{size / GIB:,.1f} GiB ({level})" for level, size in wall.activations_bytes_per_sample.items())
+        + " by level of recomputation.",
+        f"FLOPs per token: {wall.forward_flops_per_token:.4g} forward, {wall.training_flops_per_token:.4g} with backward.",
+    ]
+    if wall.v100_years is not None and wall.training_flops is not None:
+        parts.append(
+            f"Training on {count(wall.num_tokens)} tokens: {wall.training_flops:.3g} FLOPs = {wall.v100_years:,.0f} years of one V100 at 28 TFLOP/s."
+        )
+    return parts
+
+
+def offload_view(estimate: Estimate) -> Table:
+    rows = [
+        (row.offload_param, row.offload_optimizer, "yes" if row.zero_init else "no", gib(row.gpu_bytes), gib(row.cpu_bytes))
+        for row in estimate.zero_offload_rows
+    ]
+    return table(
+        "What DeepSpeed's own estimator says: model states only, no activations (GiB)",
+        ("parameters offloaded to", "optimizer offloaded to", "zero.Init", "per GPU", "host per node"),
+        rows,
+        left=3,
+    )
+
+
+def notes(title: str, lines: Iterable[str]) -> str:
+    lines = list(lines)
+    return "\n".join([f"{title}:", *(f"  - {line}" for line in lines)]) if lines else ""
+
+
+def runners_up_table(plan: Plan) -> Table:
+    rows = [
+        (degrees(runner.decisions), seconds(runner.step_seconds), gib(runner.peak_bytes), runner.why_not) for runner in plan.solver.runners_up
+    ]
+    return table("Runners-up", ("plan", "step", "peak GiB", "why it lost"), rows, left=1)
