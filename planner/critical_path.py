@@ -1,0 +1,164 @@
+"""The walk of a schedule as a longest path, and the critical path as a linear bound on the step time.
+
+The action lists of a schedule fix an acyclic graph: each action waits for the one before it on its rank, and for the
+neighbouring stage's action on the same micro-batch, which arrives after its transfer. The step takes as long as the
+longest path. Every path, critical or not, is a *lower bound* on the step time that is linear in the seconds of the
+stages, whatever those are; this is what lets an ILP minimise the walked step time exactly (`planner.solver`).
+
+`planner.timeline.simulate` walks the same lists and writes down every event; `Graph.longest` only adds up. A test
+compares the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
+from planner.schedule import compute_actions
+
+Key = tuple[str, int]
+"""What takes time: ("F" | "B" | "I" | "W" | "REDUCE" | "SEND_F" | "SEND_B", stage) or ("OPTIMIZER", pipeline rank)."""
+
+Path = tuple[tuple[Key, int], ...]
+"""How often each `Key` lies on one path through the graph, in a fixed order."""
+
+Prefer = Literal["rank", "message"]
+
+
+def path_seconds(path: Path, seconds: Mapping[Key, float]) -> float:
+    """The length of a path; a key without seconds takes none."""
+    return sum(count * seconds.get(key, 0.0) for key, count in path)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The actions of one step in an order in which every action comes after those that it waits for."""
+
+    keys: tuple[Key, ...]
+    """The distinct keys; the lists below hold indices into it."""
+    key_of: Sequence[int]
+    previous: Sequence[int]
+    """Index of the action before it on its rank; -1 where it is the first."""
+    needs: Sequence[int]
+    """Index of the neighbouring stage's action that it needs; -1 where it needs none."""
+    message: Sequence[int]
+    """The key of the message between the two; -1 where both are on one rank."""
+    last: tuple[int, ...]
+    """Index of the last action of each pipeline rank."""
+
+    def ends(self, seconds: Mapping[Key, float]) -> list[float]:
+        """When each action ends, in seconds from the start of the step."""
+        durations = [seconds.get(key, 0.0) for key in self.keys]
+        durations.append(0.0)  # message -1
+        found: list[float] = []
+        append = found.append
+        found_at = found.__getitem__
+        for key, previous, needs, message in zip(self.key_of, self.previous, self.needs, self.message, strict=True):
+            start = found_at(previous) if previous >= 0 else 0.0
+            if needs >= 0:
+                arrival = found_at(needs) + durations[message]
+                if arrival > start:
+                    start = arrival
+            append(start + durations[key])
+        return found
+
+    def longest(self, seconds: Mapping[Key, float]) -> float:
+        """Seconds of the step: the end of its last action."""
+        ends = self.ends(seconds)
+        return max(ends[index] for index in self.last)
+
+    def critical_paths(self, seconds: Mapping[Key, float]) -> tuple[float, tuple[Path, ...]]:
+        """Seconds of the step, and its critical paths: ties go along the rank in one, along the messages in the other."""
+        ends = self.ends(seconds)
+        length = max(ends[index] for index in self.last)
+        tolerance = 1e-9 * length
+        finals = [index for index in self.last if ends[index] >= length - tolerance]
+        found: dict[Path, None] = {}
+        for final in {finals[0], finals[-1]}:
+            for prefer in ("rank", "message"):
+                found[self._path(final, ends, seconds, prefer)] = None  # type: ignore[arg-type]
+        return length, tuple(found)
+
+    def _path(self, final: int, ends: list[float], seconds: Mapping[Key, float], prefer: Prefer) -> Path:
+        counts: dict[Key, int] = {}
+        slack = 1e-9 * ends[final] * (1 if prefer == "message" else -1)
+        index = final
+        while index >= 0:
+            key = self.keys[self.key_of[index]]
+            counts[key] = counts.get(key, 0) + 1
+            previous, needs = self.previous[index], self.needs[index]
+            if needs >= 0:
+                message = self.keys[self.message[index]] if self.message[index] >= 0 else None
+                arrival = ends[needs] + (seconds.get(message, 0.0) if message else 0.0)
+                if previous < 0 or arrival + slack > ends[previous]:
+                    if message:
+                        counts[message] = counts.get(message, 0) + 1
+                    index = needs
+                    continue
+            index = previous
+        return tuple(sorted(counts.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def graph(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> Graph:
+    """The graph of a schedule's step: its compute actions, a reduction after each stage's last backward, the optimizer."""
+    ranks = stage_ranks(schedule, pipeline_parallel, num_virtual_stages)
+    lists = [_with_tail(schedule, ranks, rank, actions, num_microbatches) for rank, actions in
+             enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, num_microbatches))]
+    numbers: dict[Key, int] = {}
+    place: dict[tuple[str, int, int], int] = {}
+    key_of: list[int] = []
+    previous: list[int] = []
+    needs: list[int] = []
+    message: list[int] = []
+    positions, last = [0] * len(lists), [-1] * len(lists)
+    last_stage = len(ranks) - 1
+    remaining = sum(map(len, lists))
+    while remaining:
+        before = remaining
+        for rank, actions in enumerate(lists):
+            position = positions[rank]
+            while position < len(actions):
+                kind, stage, microbatch = actions[position]
+                need, sent = -1, -1
+                source = stage - 1 if kind == "F" else stage + 1
+                if kind in "FBI" and 0 <= source <= last_stage:
+                    found = place.get((kind, source, microbatch))
+                    if found is None:
+                        break
+                    need = found
+                    if ranks[source] != ranks[stage]:
+                        sent = numbers.setdefault(("SEND_F" if kind == "F" else "SEND_B", source), len(numbers))
+                index = len(key_of)
+                place[kind, stage, microbatch] = index
+                key_of.append(numbers.setdefault((kind, stage), len(numbers)))
+                previous.append(last[rank])
+                needs.append(need)
+                message.append(sent)
+                last[rank] = index
+                position += 1
+                remaining -= 1
+            positions[rank] = position
+        if remaining == before:
+            raise RuntimeError(f"{schedule} with {pipeline_parallel} ranks and {num_microbatches} micro-batches waits for itself")
+    return Graph(tuple(numbers), key_of, previous, needs, message, tuple(last))
+
+
+def _with_tail(
+    schedule: str, ranks: Sequence[int], rank: int, actions: Sequence[tuple[str, int, int]], num_microbatches: int
+) -> list[tuple[str, int, int]]:
+    """The compute actions with REDUCE after each stage's last backward and OPTIMIZER at the end."""
+    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
+    left = {stage: num_microbatches for stage, owner in enumerate(ranks) if owner == rank}
+    out: list[tuple[str, int, int]] = []
+    for kind, stage, microbatch in actions:
+        out.append((kind, stage, microbatch))
+        if kind == final_kind:
+            left[stage] -= 1
+            if left[stage] == 0:
+                out.append(("REDUCE", stage, 0))
+    out.append(("OPTIMIZER", rank, 0))
+    return out
