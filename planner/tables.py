@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -27,14 +28,23 @@ from planner.plan import (
 )
 
 GIB = 2**30
+WIDEST = 220
+"""Columns of text beyond which a table's cells are wrapped."""
 
 
 def show(*parts: RenderableType | str, width: int | None = None) -> str:
-    """The parts as plain or coloured text for a terminal, one below the other."""
-    console = Console(width=width, highlight=False, soft_wrap=False)
+    """The parts as plain or coloured text for a terminal, one below the other.
+
+    Tables are never squeezed below what they need: a terminal can wrap or scroll, a cut figure is lost.
+    """
+    console = Console(highlight=False)
+    widest = console.options.update(width=WIDEST)
+    need = max((Measurement.get(console, widest, part).maximum for part in parts if not isinstance(part, str)), default=0)
+    console.width = width or max(console.width, need)
     with console.capture() as capture:
-        console.print(Group(*(Text(part) if isinstance(part, str) else part for part in parts)))
-    return capture.get()
+        for part in parts:
+            console.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
@@ -228,7 +238,7 @@ def wall_view(estimate: Estimate) -> list[RenderableType | str]:
     ]
     if wall.v100_years is not None and wall.training_flops is not None:
         parts.append(
-            f"Training on {count(wall.num_tokens)} tokens: {wall.training_flops:.3g} FLOPs = {wall.v100_years:,.0f} years of one V100 at 28 TFLOP/s."
+            f"Training on {count(wall.num_tokens)} tokens: {wall.training_flops:.3g} FLOPs = {wall.v100_years:,.1f} years of one V100 at 28 TFLOP/s."
         )
     return parts
 

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from planner.cluster import ClusterSpec, load_cluster, presets, with_num_gpus
+from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
-from planner.plan import RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training
+from planner.plan import RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
 
 PRECISIONS = ("mixed-bf16", "fp32", "bf16")
 OPTIMIZERS = ("adam", "sgd")
@@ -168,14 +169,13 @@ def cluster_of(request: Request) -> ClusterSpec:
         if ":" not in request.cluster and request.has_degrees and cluster.num_gpus % product:
             cluster = with_num_gpus(cluster, product)
     if request.price_per_gpu_hour is not None:
-        cluster = dataclasses_replace(cluster, price_per_gpu_hour=request.price_per_gpu_hour)
+        cluster = replace(cluster, price_per_gpu_hour=request.price_per_gpu_hour)
     return cluster
 
 
-def dataclasses_replace(document: Any, **changes: Any) -> Any:
-    from planner.plan import replace
-
-    return replace(document, **changes)
+def fixed_of(request: Request) -> Fixed:
+    """The decisions that the user has made."""
+    return Fixed(**{field.name: getattr(request, field.name) for field in dataclasses.fields(Fixed)})
 
 
 def training_of(request: Request, model: ModelSpec, default_batch: int | None) -> Training:

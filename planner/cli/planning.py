@@ -10,6 +10,7 @@ from planner import documents
 from planner.cli.options import (
     Request,
     cluster_of,
+    fixed_of,
     inputs_of,
     json_option,
     model_of,
@@ -110,12 +111,14 @@ def estimate(gpus: str | None, explain: bool, as_json: bool, **options: Any) -> 
 
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     from planner import tables
-    from planner.choice import complete
-    from planner.estimate import plan_estimate, predict, smallest_change
+    from planner.defaults import complete, repairs, shortage
+    from planner.errors import DoesNotFitError
+    from planner.estimate import plan_estimate, predict
 
-    completed = complete(request)
+    model = model_of(request)
+    training = training_of(request, model, 1)
+    completed = complete(model, cluster_of(request), training, fixed_of(request), batch_given=request.global_batch_size is not None)
     predictions = predict(completed.inputs, completed.decisions)
-    predictions = _with_economics(request, completed.inputs, predictions)
     document = plan_estimate(completed.inputs, completed.decisions, predictions, completed.assumptions)
     if as_json:
         print_json(document)
@@ -136,12 +139,7 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
         click.echo(tables.show(*parts), nl=False)
     if document.fits:
         return 0
-    click.echo(f"plan: {smallest_change(completed.inputs, completed.decisions, predictions)}", err=True)
-    return 3
-
-
-def _with_economics(request: Request, inputs: Any, predictions: Any) -> Any:
-    return predictions
+    raise DoesNotFitError(shortage(completed.inputs, completed.decisions), repairs(completed.inputs, completed.decisions))
 
 
 def _sweep(request: Request, gpus: str, as_json: bool) -> int:

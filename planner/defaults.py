@@ -1,0 +1,210 @@
+"""Fills in what the user of `plan estimate` left open, by plain rules that are stated with the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from planner.cluster import ClusterSpec, with_num_gpus
+from planner.errors import InputError
+from planner.estimate import capacity_bytes
+from planner.memory import predict_memory
+from planner.model import ModelSpec
+from planner.plan import (
+    INTERLEAVED_SCHEDULES,
+    Decisions,
+    Inputs,
+    Recompute,
+    Training,
+    check,
+    check_schedule,
+    check_tensor_parallel,
+    even_stages,
+    replace,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Decisions that the user has made; None where they are open."""
+
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    data_parallel: int | None = None
+    zero_stage: int | None = None
+    micro_batch_size: int | None = None
+    schedule: str | None = None
+    num_virtual_stages: int | None = None
+    recompute: Recompute | None = None
+    sequence_parallel: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completed:
+    inputs: Inputs
+    decisions: Decisions
+    assumptions: tuple[str, ...]
+
+
+def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: Fixed, *, batch_given: bool) -> Completed:
+    """Decisions for `plan estimate`: 1 where a degree is open, data parallel over the GPUs that are left, micro-batches of
+    one sample, 1F1B, no ZeRO, even stages, and the least recomputation that fits.
+
+    Raises InputError when the degrees don't make up the cluster, or break another rule of a plan.
+    """
+    assumptions: list[str] = []
+    tp, pp = fixed.tensor_parallel or 1, fixed.pipeline_parallel or 1
+    check_tensor_parallel(model, tp, "--tensor-parallel")
+    dp = fixed.data_parallel or max(cluster.num_gpus // (tp * pp), 1)
+    if dp * tp * pp != cluster.num_gpus:
+        raise InputError(
+            "--data-parallel", dp, f"data x tensor x pipeline parallel = {dp} x {tp} x {pp} = {dp * tp * pp} must be the {cluster.num_gpus} GPUs of the cluster"
+        )
+    virtual = fixed.num_virtual_stages or (2 if fixed.schedule in INTERLEAVED_SCHEDULES else 1)
+    schedule = fixed.schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
+    micro = fixed.micro_batch_size or 1
+    if fixed.micro_batch_size is None:
+        assumptions.append("micro-batches of 1 sample")
+    if batch_given:
+        if training.global_batch_size % (dp * micro):
+            raise InputError("--global-batch-size", training.global_batch_size, f"a multiple of data parallel x micro-batch size = {dp * micro} is expected")
+    else:
+        count = 8 * pp if pp > 1 else 1
+        training = replace(training, global_batch_size=dp * micro * count)
+        assumptions.append(f"a global batch of {training.global_batch_size} samples: {count} micro-batches on each of {dp} data-parallel ranks")
+    number = training.global_batch_size // (dp * micro)
+    check_schedule(schedule, pp, virtual, number, "--schedule")
+    zero = fixed.zero_stage or 0
+    inputs = Inputs(model=model, cluster=cluster, training=training)
+    found: Decisions | None = None
+    levels: tuple[Recompute, ...] = (fixed.recompute,) if fixed.recompute else ("none", "selective", "full")
+    for level in levels:
+        found = Decisions(
+            data_parallel=dp,
+            tensor_parallel=tp,
+            pipeline_parallel=pp,
+            zero_stage=zero,
+            sequence_parallel=bool(fixed.sequence_parallel),
+            micro_batch_size=micro,
+            num_microbatches=number,
+            schedule=schedule,  # type: ignore[arg-type]
+            num_virtual_stages=virtual,
+            stages=even_stages(model, schedule, pp, virtual, level),
+        )
+        check(inputs, found, "options")
+        if _fits(inputs, found):
+            break
+    assert found is not None
+    if fixed.recompute is None:
+        assumptions.append(f"recomputation: {found.stages[0].recompute}, the least that fits" if _fits(inputs, found) else "full recomputation")
+    assumptions.append(f"{'even' if pp > 1 else 'one'} pipeline stage{'s' if pp > 1 else ''}; `plan solve` chooses the cuts and what else is left open")
+    return Completed(inputs, found, tuple(assumptions))
+
+
+def _fits(inputs: Inputs, decisions: Decisions) -> bool:
+    capacity = capacity_bytes(inputs)
+    return all(need.total_bytes <= capacity for need in predict_memory(inputs, decisions))
+
+
+def shortage(inputs: Inputs, decisions: Decisions) -> str:
+    """What is short, where: one line."""
+    needs = predict_memory(inputs, decisions)
+    rank, worst = max(enumerate(needs), key=lambda item: item[1].total_bytes)
+    capacity = capacity_bytes(inputs)
+    where = f"pipeline rank {rank}" if len(needs) > 1 else "the GPU" if inputs.cluster.num_gpus == 1 else "each GPU"
+    return (
+        f"{inputs.model.name} does not fit: {where} needs {worst.total_bytes / 2**30:,.1f} GiB of the {capacity / 2**30:,.1f} GiB "
+        f"usable on {inputs.cluster.gpu.name}, {(worst.total_bytes - capacity) / 2**30:,.1f} GiB too much"
+    )
+
+
+def repairs(inputs: Inputs, decisions: Decisions) -> tuple[str, ...]:
+    """The smallest changes that would make a plan fit: each single change on these GPUs, else the fewest GPUs."""
+    found = []
+    for text, changed in _changes(inputs, decisions):
+        try:
+            check(inputs, changed, "repair")
+        except InputError:
+            continue
+        if _fits(inputs, changed):
+            found.append(text)
+    if found:
+        return tuple(found[:3])
+    fewest = _fewest_gpus(inputs)
+    return (fewest,) if fewest else ()
+
+
+def _changes(inputs: Inputs, decisions: Decisions) -> Iterator[tuple[str, Decisions]]:
+    """Changes that need no more GPUs, mildest first."""
+
+    def with_level(decided: Decisions, level: Recompute) -> Decisions:
+        return replace(decided, stages=tuple(replace(stage, recompute=level) for stage in decided.stages))
+
+    for level in ("selective", "full"):
+        yield f"--recompute {level}", with_level(decisions, level)
+    if decisions.tensor_parallel > 1 and not decisions.sequence_parallel:
+        yield "--sequence-parallel", replace(decisions, sequence_parallel=True)
+    if decisions.data_parallel > 1:
+        for stage in range(decisions.zero_stage + 1, 4):
+            yield f"--zero-stage {stage}", replace(decisions, zero_stage=stage)
+    if decisions.micro_batch_size > 1:
+        one = replace(decisions, micro_batch_size=1, num_microbatches=decisions.num_microbatches * decisions.micro_batch_size)
+        yield "--micro-batch-size 1", one
+        yield "--micro-batch-size 1 --recompute full", with_level(one, "full")
+    if decisions.data_parallel > 1:
+        for stage in range(decisions.zero_stage + 1, 4):
+            yield f"--zero-stage {stage} --recompute full", with_level(replace(decisions, zero_stage=stage), "full")
+    whole = decisions.world_size
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4, 8, 16, 32, 64):
+            if whole % (tp * pp) or tp > inputs.cluster.gpus_per_node or pp > inputs.model.num_layers:
+                continue
+            dp = whole // (tp * pp)
+            if inputs.training.global_batch_size % dp:
+                continue
+            text = f"--tp {tp} --pp {pp} --dp {dp} --zero-stage 1 --recompute full --micro-batch-size 1"
+            yield text, _simple(inputs, tp, pp, dp, min(1, dp - 1))
+
+
+def _fewest_gpus(inputs: Inputs) -> str | None:
+    """The fewest GPUs of this kind on which some plan fits, with that plan."""
+    best: tuple[int, str] | None = None
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+            if tp > inputs.cluster.gpus_per_node or pp > inputs.model.num_layers:
+                continue
+            for dp in (1, 2, 4, 8, 16, 32, 64):
+                count = tp * pp * dp
+                if best is not None and count >= best[0]:
+                    break
+                changed = replace(
+                    inputs, cluster=with_num_gpus(inputs.cluster, count), training=replace(inputs.training, global_batch_size=dp * 2 * pp)
+                )
+                for zero in (1, 3) if dp > 1 else (0,):
+                    decided = _simple(changed, tp, pp, dp, zero)
+                    try:
+                        check(changed, decided, "repair")
+                    except InputError:
+                        continue
+                    if _fits(changed, decided):
+                        sharded = f" --zero-stage {zero}" if zero else ""
+                        best = (count, f"{count} GPUs: --tp {tp} --pp {pp} --dp {dp}{sharded} --recompute full --micro-batch-size 1")
+                        break
+                else:
+                    continue
+                break
+    return best[1] if best else None
+
+
+def _simple(inputs: Inputs, tp: int, pp: int, dp: int, zero: int) -> Decisions:
+    """1F1B with even stages, micro-batches of one sample and full recomputation."""
+    return Decisions(
+        data_parallel=dp,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        zero_stage=zero,
+        sequence_parallel=tp > 1 and inputs.training.sequence_length % tp == 0,
+        micro_batch_size=1,
+        num_microbatches=max(inputs.training.global_batch_size // dp, 1),
+        stages=even_stages(inputs.model, "1F1B", pp, 1, "full"),
+    )
