@@ -19,6 +19,10 @@ class Software(Document, kw_only=True):
     """Fused attention (flash) never writes the s x s scores; unfused writes and reads them several times."""
     causal_skip: bool = True
     """Whether fused attention skips the half of the scores that the causal mask removes."""
+    attention_speed: float = 1.0
+    """Speed of its fused attention over that of FlashAttention-2, whose share of the peak the cluster gives."""
+    softmax_passes: float = 4.5
+    """Times that unfused attention reads or writes the scores in the forward pass."""
     elementwise_passes: float = 1.0
     """Memory traffic of norms, activations and residuals over that of perfectly fused kernels."""
     gradient_bytes: int = 2
@@ -31,6 +35,8 @@ class Software(Document, kw_only=True):
     """Whether ZeRO-3 gathers the next layer's weights while this one computes."""
     overlap_tensor_parallel: float = 0.0
     """Share of the tensor-parallel communication that hides behind matrix products."""
+    selective_recompute: Literal["core", "op"] = "core"
+    """What selective recomputation runs again: the attention core, or every second matrix product and the element-wise rest."""
     scatter_transfers: bool = False
     """Whether each tensor-parallel rank sends 1/t of a stage's output and the receivers gather it (SC21, section 4.1)."""
     step_seconds: float = 0.0
