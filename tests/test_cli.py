@@ -1,0 +1,78 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from planner.cli import entry; entry()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_the_memory_wall_in_json() -> None:
+    done = plan("estimate", "--model", "gpt3", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and done.stderr == ""
+    assert document["schema"] == "meshwright.estimate/1" and document["parallel"] is None and document["fits"] is None
+    assert document["memory"]["total_bytes"] == sum(value for key, value in document["memory"].items() if key != "total_bytes")
+    assert document["time"]["gpu_years"] == pytest.approx(355, abs=1)
+
+
+def test_the_memory_wall_for_people() -> None:
+    done = plan("estimate", "--model", "gpt3")
+    assert done.returncode == 0
+    for figure in ("349.2", "2,095.3", "2,793.7", "33 x", "3.14e+23", "28 TFLOP/s"):
+        assert figure in done.stdout
+
+
+def test_bloom_fits_and_shows_its_bubble() -> None:
+    done = plan("estimate", "--model", "bloom-176b", "--cluster", "a100-80gb:384", "--tp", "4", "--pp", "12", "--dp", "8", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document["fits"] is True and len(document["pipeline_ranks"]) == 12
+    assert 0 < document["time"]["bubble_fraction"] < 0.2
+
+
+def test_what_does_not_fit_has_status_3_and_a_document_all_the_same() -> None:
+    done = plan("estimate", "--model", "gpt3", "--cluster", "a100-80gb:1", "--json")
+    assert done.returncode == 3 and json.loads(done.stdout)["fits"] is False
+    assert "would fit" in done.stderr and "Traceback" not in done.stderr
+
+
+WRONG = [
+    (["estimate", "--model", "gpt5"], "--model"),
+    (["estimate", "--model", "gpt3", "--tp", "7"], "tensor-parallel"),
+    (["estimate", "--model", "gpt3", "--tp", "0"], "--tensor-parallel"),
+    (["estimate", "--model", "gpt3", "--cluster", "z100:8"], "--cluster"),
+    (["estimate", "--model", "gpt3", "--cluster", "a100-80gb:many"], "--cluster"),
+    (["estimate", "--model", "gpt3", "--cluster", "a100-80gb:100", "--tp", "8", "--pp", "8"], "--data-parallel"),
+    (["estimate", "--model", "gpt3", "--zero-stage", "9"], "--zero-stage"),
+    (["estimate", "--model", "gpt3", "--schedule", "best"], "--schedule"),
+    (["estimate", "--model", "gpt3", "--tp", "8", "--sequence-length", "4096"], "--sequence-length"),
+    (["estimate", "--model", "gpt3", "--pp", "200"], "--pp"),
+    (["estimate", "--model", "gpt3", "--memory-fraction", "2"], "--memory-fraction"),
+    (["estimate", "--model", "/no/such/config.json"], "--model"),
+    (["estimate"], "--model"),
+    (["estimte"], "estimate"),
+    (["models", "gpt"], "NAME"),
+    (["show", "/no/such/plan.json"], "PLAN"),
+    (["run", "/no/such/plan.json"], "PLAN"),
+    (["solve", "--model", "gpt3", "--cluster", "a100-80gb:8"], "--global-batch-size"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_input_gives_one_clear_line_and_status_2(arguments: list[str], named: str) -> None:
+    done = plan(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
+
+
+def test_presets_are_listed() -> None:
+    assert "gpt3-175b" in plan("models").stdout
+    assert json.loads(plan("models", "bloom", "--json").stdout)["num_parameters"] == 176_247_271_424
+    assert "a100-80gb" in plan("clusters").stdout
+    assert json.loads(plan("clusters", "a100", "--json").stdout)["schema"] == "meshwright.cluster/1"

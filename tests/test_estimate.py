@@ -1,0 +1,145 @@
+import pytest
+
+from planner.cluster import load_cluster
+from planner.defaults import Fixed, complete, repairs, shortage
+from planner.errors import InputError
+from planner.estimate import fits, memory_wall, offload_rows, predict
+from planner.memory import layer_bytes, local_parameters, predict_memory, state_bytes
+from planner.model import load_model, presets
+from planner.plan import Decisions, Inputs, Training, even_stages
+
+GB = 1e9
+GIB = 2**30
+
+
+def asked(model: str, cluster: str, **fixed: object):
+    spec = load_model(model)
+    training = Training(global_batch_size=1, sequence_length=min(spec.max_sequence_length, 4096))
+    return complete(spec, load_cluster(cluster), training, Fixed(**fixed), batch_given=False)
+
+
+def test_gpt3_against_the_memory_wall() -> None:
+    model = load_model("gpt3")
+    wall = memory_wall(model, load_cluster("a100-80gb"), Training(global_batch_size=1, sequence_length=2048), 300e9)
+    assert wall.memory.weights_bytes == pytest.approx(350 * GB, rel=0.01)
+    assert wall.memory.gradients_bytes == pytest.approx(350 * GB, rel=0.01)
+    assert wall.memory.optimizer_bytes == pytest.approx(2100 * GB, rel=0.01)
+    assert wall.memory.total_bytes == pytest.approx(2800 * GB, rel=0.01)
+    assert wall.wall is not None and wall.wall.num_gpus_for_states == 33
+    assert wall.wall.training_flops == pytest.approx(3.14e23, rel=0.002)
+    assert wall.wall.v100_years == pytest.approx(355, rel=0.003)
+
+
+def test_a_7b_fine_tune_needs_over_100_gb() -> None:
+    model = load_model("llama-2-7b")
+    wall = memory_wall(model, load_cluster("a100-80gb"), Training(global_batch_size=1, sequence_length=4096), None)
+    assert 100 * GB < wall.memory.total_bytes < 110 * GB
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "expected"),
+    [
+        ("mixed-bf16", "adam", (2, 2, 12)),
+        ("fp32", "adam", (4, 4, 8)),
+        ("bf16", "adam", (2, 2, 4)),
+        ("mixed-bf16", "sgd", (2, 2, 4)),
+        ("fp32", "sgd", (4, 4, 0)),
+    ],
+)
+def test_bytes_per_parameter(precision: str, optimizer: str, expected: tuple[int, ...]) -> None:
+    assert tuple(state_bytes(precision, optimizer)) == expected
+
+
+def test_bloom_fits_where_it_ran() -> None:
+    completed = asked("bloom-176b", "a100-80gb:384", tensor_parallel=4, pipeline_parallel=12, data_parallel=8)
+    predictions = predict(completed.inputs, completed.decisions)
+    assert fits(predictions)
+    assert predictions.time.bubble_fraction is not None and 0.05 < predictions.time.bubble_fraction < 0.2
+
+
+def test_gpt3_on_one_gpu_does_not_fit_and_the_repair_does() -> None:
+    completed = asked("gpt3", "a100-80gb:1")
+    assert not fits(predict(completed.inputs, completed.decisions))
+    assert "does not fit" in shortage(completed.inputs, completed.decisions)
+    (repair,) = repairs(completed.inputs, completed.decisions)
+    words = repair.split()
+    number = int(words[0])
+    degrees = {words[i]: int(words[i + 1]) for i in range(len(words) - 1) if words[i] in ("--tp", "--pp", "--dp", "--zero-stage")}
+    assert degrees["--tp"] * degrees["--pp"] * degrees["--dp"] == number < 100
+    again = asked(
+        "gpt3", f"a100-80gb:{number}", tensor_parallel=degrees["--tp"], pipeline_parallel=degrees["--pp"],
+        zero_stage=degrees.get("--zero-stage", 0), recompute="full", micro_batch_size=1,
+    )  # fmt: skip
+    assert fits(predict(again.inputs, again.decisions))
+
+
+def test_world_size_that_is_no_product_is_refused() -> None:
+    with pytest.raises(InputError, match="--data-parallel"):
+        asked("gpt3", "a100-80gb:100", tensor_parallel=8, pipeline_parallel=8)
+
+
+@pytest.mark.parametrize(("dp", "stage", "expected"), [(4, 1, 52.5), (4, 2, 41.25), (4, 3, 30), (64, 1, 31.4), (64, 2, 16.6), (64, 3, 1.88)])
+def test_zero_divides_what_its_table_says(dp: int, stage: int, expected: float) -> None:
+    """Rajbhandari et al. 2020, Table 1: 7.5B parameters, GB of model states."""
+    model = load_model("gpt2")
+    inputs = Inputs(model=model, cluster=load_cluster(f"a100-80gb:{dp}"), training=Training(global_batch_size=dp, sequence_length=64))
+    decisions = Decisions(
+        data_parallel=dp, tensor_parallel=1, pipeline_parallel=1, zero_stage=stage, micro_batch_size=1, num_microbatches=1,
+        stages=even_stages(model, "1F1B", 1, 1, "none"),
+    )  # fmt: skip
+    need = predict_memory(inputs, decisions)[0]
+    states = need.weights_bytes + need.gradients_bytes + need.optimizer_bytes
+    assert states / model.num_parameters * 7.5 == pytest.approx(expected, rel=0.01)
+
+
+def test_deepspeeds_rows_for_llama_2_7b() -> None:
+    """Its estimator's printed GiB for 4 GPUs on one node (gpu, host), by offload of parameters and optimizer and zero.Init."""
+    completed = asked("llama-2-7b", "a100-80gb:4", zero_stage=3)
+    rows = {(row.offload_param, row.offload_optimizer, row.zero_init): row for row in offload_rows(completed.inputs, completed.decisions)}
+    printed = {
+        ("cpu", "cpu", True): (0.49, 169.44),
+        ("none", "cpu", True): (3.63, 150.62),
+        ("none", "none", True): (28.73, 2.93),
+        ("none", "none", False): (28.73, 150.62),
+    }
+    assert len(rows) == 6
+    for key, (gpu, host) in printed.items():
+        assert rows[key].gpu_bytes / GIB == pytest.approx(gpu, rel=0.01)
+        assert rows[key].cpu_bytes / GIB == pytest.approx(host, rel=0.01)
+
+
+def megatron(model: str, level: str, tp: int, sequence_parallel: bool) -> tuple[float, Inputs]:
+    spec = load_model(model)
+    inputs = Inputs(
+        model=spec, cluster=load_cluster(f"a100-80gb:{tp}"), training=Training(global_batch_size=1, sequence_length=2048, profile="megatron")
+    )
+    decisions = Decisions(
+        data_parallel=1, tensor_parallel=tp, pipeline_parallel=1, micro_batch_size=1, num_microbatches=1, sequence_parallel=sequence_parallel,
+        stages=(),
+    )  # fmt: skip
+    return layer_bytes(inputs, decisions, "block", level).saved, inputs  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_the_megatron_profile_is_korthikantis_equations(tp: int) -> None:
+    spec = load_model("megatron-175b")
+    s, h, a = 2048, spec.hidden_size, spec.num_attention_heads
+    sbh = s * h
+    assert megatron("megatron-175b", "none", tp, False)[0] == pytest.approx(sbh * (10 + 24 / tp + 5 * a * s / h / tp))
+    assert megatron("megatron-175b", "selective", tp, False)[0] == pytest.approx(sbh * (10 + 24 / tp))
+    assert megatron("megatron-175b", "full", tp, False)[0] == pytest.approx(sbh * 2)
+    if tp > 1:
+        assert megatron("megatron-175b", "none", tp, True)[0] == pytest.approx(sbh / tp * (34 + 5 * a * s / h))
+        assert megatron("megatron-175b", "selective", tp, True)[0] == pytest.approx(sbh / tp * 34)
+        assert megatron("megatron-175b", "full", tp, True)[0] == pytest.approx(sbh / tp * 2)
+
+
+def test_tensor_parallel_ranks_hold_all_parameters_together() -> None:
+    for name in ("gpt3-175b", "llama-3-8b", "bloom-7b1", "qwen2-7b"):
+        model = presets()[name]
+        assert local_parameters(model, "block", 1) == model.block_parameters
+        assert local_parameters(model, "embedding", 1) == model.embedding_parameters
+        assert local_parameters(model, "head", 1) == model.head_parameters
+        for tp in (2, 4):
+            if model.num_attention_heads % tp == 0:
+                assert local_parameters(model, "block", tp) * tp >= model.block_parameters

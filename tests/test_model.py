@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from planner.errors import InputError
+from planner.graph import layer_graph
+from planner.model import load_model, presets, read_hf_config
+
+EXACT = json.loads((Path(__file__).parent / "data" / "exact_parameters.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_parameter_counts_are_exact(name: str) -> None:
+    assert presets()[name].num_parameters == EXACT[name]
+
+
+@pytest.mark.parametrize("name", list(presets()))
+def test_the_layer_graph_holds_every_parameter_once(name: str) -> None:
+    model = presets()[name]
+    graph = layer_graph(model, 1024)
+    assert sum(data["num_parameters"] for _, data in graph.nodes(data=True)) == model.num_parameters
+    assert {data["layer"] for _, data in graph.nodes(data=True)} == set(range(model.num_layers + 2))
+
+
+@pytest.mark.parametrize("name", [name for name, model in presets().items() if model.params_published])
+def test_published_sizes_are_met(name: str) -> None:
+    model = presets()[name]
+    assert model.num_parameters == pytest.approx(model.params_published, rel=0.03)
+
+
+def test_gpt3_is_the_large_one() -> None:
+    assert load_model("gpt3").num_layers == 96
+    assert load_model("GPT3") == load_model("gpt3-175b")
+
+
+HF = {
+    "gpt2": ({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}, "gpt2"),
+    "llama": (
+        {
+            "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        },
+        "llama-3-8b",
+    ),
+    "bloom": ({"model_type": "bloom", "n_layer": 70, "hidden_size": 14336, "n_head": 112, "vocab_size": 250880}, "bloom-176b"),
+    "opt": (
+        {
+            "model_type": "opt", "num_hidden_layers": 12, "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12,
+            "vocab_size": 50272, "max_position_embeddings": 2048, "word_embed_proj_dim": 768,
+        },
+        "opt-125m",
+    ),
+    "qwen2": (
+        {
+            "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+        },
+        "qwen2-7b",
+    ),
+    "gptj": (
+        {"model_type": "gptj", "n_layer": 28, "n_embd": 4096, "n_head": 16, "n_positions": 2048, "vocab_size": 50400, "tie_word_embeddings": False},
+        "gpt-j-6b",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_hf_configs_give_the_same_count_as_the_presets(kind: str, tmp_path: Path) -> None:
+    config, preset = HF[kind]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(str(tmp_path)).num_parameters == presets()[preset].num_parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mixtral"}, "model_type"),
+        ({"num_hidden_layers": -96}, "num_hidden_layers"),
+        ({"hidden_size": "big"}, "hidden_size"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_the_name_of_its_key(change: dict, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HF["llama"][0] | change))
+    with pytest.raises(InputError) as caught:
+        read_hf_config(path)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_model_is_refused_with_a_hint() -> None:
+    with pytest.raises(InputError, match="did you mean"):
+        load_model("llama-2-70bb")

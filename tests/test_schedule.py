@@ -1,0 +1,113 @@
+from collections import Counter
+
+import pytest
+
+from planner.errors import InputError
+from planner.plan import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, check_schedule, stage_ranks
+from planner.schedule import Action, actions, compute_actions, num_in_flight
+from planner.timeline import DeadlockError, bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, simulate
+
+VIRTUAL = {"Interleaved1F1B": (2, 3), "InterleavedZeroBubble": (2, 3), "ZBVZeroBubble": (2,)}
+
+
+def cases():
+    for name in SCHEDULES:
+        for virtual in VIRTUAL.get(name, (1,)):
+            for p in (2, 3, 4, 8):
+                for m in (1, 2, 3, 4, 7, 8, 16, 24):
+                    try:
+                        check_schedule(name, p, virtual, m, "case")
+                    except InputError:
+                        continue
+                    yield name, p, virtual, m
+
+
+CASES = list(cases())
+
+
+def unit(action: Action) -> float:
+    return {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}.get(action.kind, 0.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_action_runs_once_on_its_rank_and_in_order(name: str) -> None:
+    for _, p, virtual, m in (case for case in CASES if case[0] == name):
+        owners = stage_ranks(name, p, virtual)
+        kinds = "FIW" if name in SPLIT_BACKWARD_SCHEDULES else "FB"
+        expected = Counter((kind, stage, index) for kind in kinds for stage in range(p * virtual) for index in range(m))
+        lists = compute_actions(name, p, virtual, m)
+        assert Counter(action for actions in lists for action in actions) == expected
+        for rank, mine in enumerate(lists):
+            assert all(owners[action.stage] == rank for action in mine)
+            position = {action: index for index, action in enumerate(mine)}
+            for kind, stage, index in mine:
+                if kind in "BI":
+                    assert position["F", stage, index] < position[kind, stage, index]
+                if kind == "W":
+                    assert position["I", stage, index] < position["W", stage, index]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_waits_for_itself_and_sends_match_receives(name: str) -> None:
+    for _, p, virtual, m in (case for case in CASES if case[0] == name):
+        lists = actions(name, p, virtual, m)
+        timeline = simulate(lists, unit, lambda action: 0.5)
+        sent = Counter((event.kind[-1], event.stage + (1 if event.kind[-1] == "F" else -1), event.microbatch)
+                       for event in timeline.events if event.kind.startswith("SEND"))  # fmt: skip
+        received = Counter((event.kind[-1], event.stage, event.microbatch) for event in timeline.events if event.kind.startswith("RECV"))
+        assert sent == received
+        reduced = [event for event in timeline.events if event.kind == "REDUCE"]
+        assert sorted(event.stage for event in reduced) == list(range(p * virtual))
+
+
+@pytest.mark.parametrize("name", ["GPipe", "1F1B"])
+def test_the_bubble_is_the_published_formula(name: str) -> None:
+    for p in (1, 2, 4, 8):
+        for m in (1, 4, 16):
+            timeline = simulate(actions(name, p, 1, m), unit, lambda action: 0.0)
+            assert bubble_fraction(timeline) == pytest.approx((p - 1) / (m + p - 1))
+
+
+def test_interleaving_divides_the_bubble() -> None:
+    for p, v, m in ((2, 2, 8), (4, 3, 8), (8, 2, 16)):
+        timeline = simulate(actions("Interleaved1F1B", p, v, m), unit, lambda action: 0.0)
+        assert bubble_fraction(timeline) == pytest.approx((p - 1) / (v * m + p - 1))
+
+
+def test_naive_model_parallel_keeps_one_rank_busy() -> None:
+    for p in (2, 4, 8):
+        timeline = simulate(actions("Naive", p, 1, 3), unit, lambda action: 0.0)
+        assert all(fraction == pytest.approx(1 - 1 / p) for fraction in bubble_fractions(timeline).values())
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT_BACKWARD_SCHEDULES))
+def test_splitting_the_backward_beats_interleaving(name: str) -> None:
+    for p, m in ((2, 8), (4, 16), (8, 32)):
+        split = simulate(actions(name, p, 2, m), unit, lambda action: 0.0)
+        whole = simulate(actions("Interleaved1F1B", p, 2, m), unit, lambda action: 0.0)
+        assert bubble_fraction(split) < bubble_fraction(whole) / 2
+
+
+def test_in_flight_counts_are_those_of_the_papers() -> None:
+    assert [num_in_flight(mine) for mine in compute_actions("GPipe", 4, 1, 8)] == [8] * 4
+    assert [num_in_flight(mine) for mine in compute_actions("1F1B", 4, 1, 8)] == [4, 3, 2, 1]
+    # Narayanan et al. 2021: p·v·(1 + (p - 1)/(p·v)) chunks on the first rank
+    assert num_in_flight(compute_actions("Interleaved1F1B", 4, 3, 16)[0]) == 4 * 3 + 3
+    # Qi et al. 2024: the V shape evens the memory out at that of 1F1B, 2p half-size stages
+    assert [num_in_flight(mine) for mine in compute_actions("ZBVZeroBubble", 4, 2, 16)] == [8] * 4
+
+
+def test_a_circle_is_found() -> None:
+    lists = ((Action("RECV_F", 0, 0),), (Action("RECV_F", 1, 0),))
+    with pytest.raises(DeadlockError):
+        simulate(lists, unit, lambda action: 0.0)
+
+
+def test_busy_time_and_trace() -> None:
+    import json
+
+    timeline = simulate(actions("1F1B", 2, 1, 4), unit, lambda action: 0.0)
+    assert busy_seconds(timeline) == {0: 12.0, 1: 12.0}
+    trace = json.loads(chrome_trace([timeline]))
+    spans = [row for row in trace["traceEvents"] if row["ph"] == "X"]
+    assert len(spans) == len(timeline.events) and {row["pid"] for row in spans} == {0, 1}
