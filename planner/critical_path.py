@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from planner.schedule import compute_actions
@@ -24,8 +23,6 @@ Key = tuple[str, int]
 
 Path = tuple[tuple[Key, int], ...]
 """How often each `Key` lies on one path through the graph, in a fixed order."""
-
-Prefer = Literal["rank", "message"]
 
 
 def path_seconds(path: Path, seconds: Mapping[Key, float]) -> float:
@@ -78,13 +75,13 @@ class Graph:
         finals = [index for index in self.last if ends[index] >= length - tolerance]
         found: dict[Path, None] = {}
         for final in {finals[0], finals[-1]}:
-            for prefer in ("rank", "message"):
-                found[self._path(final, ends, seconds, prefer)] = None  # type: ignore[arg-type]
+            for along_rank in (True, False):
+                found[self._path(final, ends, seconds, along_rank)] = None
         return length, tuple(found)
 
-    def _path(self, final: int, ends: list[float], seconds: Mapping[Key, float], prefer: Prefer) -> Path:
+    def _path(self, final: int, ends: list[float], seconds: Mapping[Key, float], along_rank: bool) -> Path:
         counts: dict[Key, int] = {}
-        slack = 1e-9 * ends[final] * (1 if prefer == "message" else -1)
+        slack = 1e-9 * ends[final] * (-1 if along_rank else 1)
         index = final
         while index >= 0:
             key = self.keys[self.key_of[index]]

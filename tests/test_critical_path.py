@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def random_seconds(shape, rng):
-    schedule, p, v, m = shape
+    schedule, p, v, _ = shape
     kinds = "FIW" if schedule in SPLIT_BACKWARD_SCHEDULES else "FB"
     found = {(kind, stage): rng.uniform(0.5, 2.0) for kind in (*kinds, "REDUCE", "SEND_F", "SEND_B") for stage in range(p * v)}
     return found | {("OPTIMIZER", rank): rng.uniform(0, 1) for rank in range(p)}

@@ -1,0 +1,215 @@
+"""What a search may choose from: the constraints of the user, and all decisions but the stages that keep the rules of a plan.
+
+The space is a tree. A `Degrees` fixes how the GPUs and the batch are divided; `variants` adds placement, sequence
+parallelism and schedule; `with_zero` the ZeRO stage. Bounds exist for each level (`planner.bounds`), so that most of the
+tree is never written out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from planner.defaults import Fixed
+from planner.errors import InputError
+from planner.plan import (
+    INTERLEAVED_SCHEDULES,
+    SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    Axis,
+    Decisions,
+    Inputs,
+    Recompute,
+    check_schedule,
+    check_tensor_parallel,
+)
+
+AXES: tuple[Axis, ...] = ("tp", "dp", "pp")
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+FORBIDDABLE = ("tensor_parallel", "pipeline_parallel", "data_parallel", "zero_stage", "micro_batch_size", "schedule",
+               "num_virtual_stages", "recompute", "sequence_parallel", "rank_order")  # fmt: skip
+
+
+NOTHING_FIXED = Fixed()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What the user has decided, excluded, or limited."""
+
+    fixed: Fixed = NOTHING_FIXED
+    """Decisions that are made; None where open."""
+    rank_order: tuple[Axis, ...] | None = None
+    """The order of the mesh axes, if decided."""
+    forbidden: tuple[tuple[str, object], ...] = ()
+    """Pairs of a decision's name and a value that it must not take, such as ("schedule", "GPipe")."""
+    time_limit_seconds: float | None = None
+    """Wall-clock seconds of the search; then the best plan found is given with its gap."""
+    solver: str | None = None
+    """"HiGHS" or "CBC"; by default the first that is installed."""
+    num_runners_up: int = 6
+
+    def allows(self, name: str, value: object) -> bool:
+        """Whether a decision may take a value."""
+        decided = getattr(self.fixed, name, None) if name != "rank_order" else self.rank_order
+        return (decided is None or decided == value) and (name, value) not in self.forbidden
+
+
+class Degrees(NamedTuple):
+    """How GPUs and batch are divided."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    micro_batch_size: int
+    num_microbatches: int
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in increasing order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def all_degrees(inputs: Inputs, constraints: Constraints) -> list[Degrees]:
+    """Every division that the rules and the constraints allow. Raises InputError when there is none."""
+    model, gpus, batch = inputs.model, inputs.cluster.num_gpus, inputs.training.global_batch_size
+    check_constraints(inputs, constraints)
+    found = []
+    for tp in divisors(gpus):
+        if not constraints.allows("tensor_parallel", tp) or not _splits(inputs, tp):
+            continue
+        for pp in divisors(gpus // tp):
+            dp = gpus // tp // pp
+            if pp > model.num_layers + 2 or batch % dp:
+                continue
+            if not (constraints.allows("pipeline_parallel", pp) and constraints.allows("data_parallel", dp)):
+                continue
+            for micro in divisors(batch // dp):
+                if constraints.allows("micro_batch_size", micro):
+                    found.append(Degrees(tp, pp, dp, micro, batch // dp // micro))
+    if not found:
+        raise InputError(
+            "--global-batch-size",
+            batch,
+            f"no division of {gpus} GPUs into tensor x pipeline x data parallel fits {model.name}, the batch and the degrees given; "
+            f"the data-parallel degree must divide the batch, and pipeline parallel is at most {model.num_layers + 2}",
+        )
+    return found
+
+
+def check_constraints(inputs: Inputs, constraints: Constraints) -> None:
+    """Raises InputError that names the decision which can't be kept."""
+    fixed, gpus, batch = constraints.fixed, inputs.cluster.num_gpus, inputs.training.global_batch_size
+    if fixed.tensor_parallel:
+        check_tensor_parallel(inputs.model, fixed.tensor_parallel, "--tensor-parallel")
+    product = 1
+    for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+        degree = getattr(fixed, name)
+        if degree:
+            product *= degree
+            if gpus % product:
+                raise InputError(f"--{name.replace('_', '-')}", degree, f"the degrees given must divide the {gpus} GPUs of the cluster")
+    if fixed.tensor_parallel and fixed.pipeline_parallel and fixed.data_parallel and product != gpus:
+        allowed = f"data x tensor x pipeline parallel = {product} must be the {gpus} GPUs of the cluster"
+        raise InputError("--data-parallel", fixed.data_parallel, allowed)
+    samples = (fixed.data_parallel or 1) * (fixed.micro_batch_size or 1)
+    if batch % samples:
+        raise InputError("--global-batch-size", batch, f"a multiple of data parallel x micro-batch size = {samples} is expected")
+    if fixed.pipeline_parallel and fixed.pipeline_parallel > inputs.model.num_layers + 2:
+        allowed = f"{inputs.model.name} has {inputs.model.num_layers + 2} layers, embedding and head included"
+        raise InputError("--pipeline-parallel", fixed.pipeline_parallel, allowed)
+    if fixed.zero_stage == 3 and fixed.schedule in SPLIT_BACKWARD_SCHEDULES:
+        raise InputError("--zero-stage", 3, f"{fixed.schedule} splits the backward pass, which works with ZeRO 0, 1 and 2 only")
+    if fixed.sequence_parallel and fixed.tensor_parallel == 1:
+        raise InputError("--sequence-parallel", True, "it needs tensor parallel above 1")
+    if fixed.schedule and fixed.pipeline_parallel and fixed.num_virtual_stages:
+        check_schedule(fixed.schedule, fixed.pipeline_parallel, fixed.num_virtual_stages, max(batch // samples, 1) if fixed.data_parallel else
+                       fixed.pipeline_parallel, "--schedule")  # fmt: skip
+    for name, value in constraints.forbidden:
+        if name not in FORBIDDABLE:
+            raise InputError("forbidden", f"{name}={value}", f"one of {', '.join(FORBIDDABLE)} is expected")
+
+
+def _splits(inputs: Inputs, tensor_parallel: int) -> bool:
+    try:
+        check_tensor_parallel(inputs.model, tensor_parallel, "")
+    except InputError:
+        return False
+    return True
+
+
+def rank_orders(degrees: Degrees, constraints: Constraints) -> list[tuple[Axis, ...]]:
+    """The orders of the mesh axes that differ: an axis of size 1 stays where the default order has it."""
+    sizes = {"tp": degrees.tensor_parallel, "dp": degrees.data_parallel, "pp": degrees.pipeline_parallel}
+    found: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
+    for order in itertools.permutations(AXES):
+        if constraints.allows("rank_order", order):
+            found.setdefault(tuple(axis for axis in order if sizes[axis] > 1), order)
+    return list(found.values())
+
+
+def sequence_parallel_choices(inputs: Inputs, degrees: Degrees, constraints: Constraints) -> list[bool]:
+    possible = degrees.tensor_parallel > 1 and inputs.training.sequence_length % degrees.tensor_parallel == 0
+    return [value for value in ((True, False) if possible else (False,)) if constraints.allows("sequence_parallel", value)]
+
+
+def schedules(inputs: Inputs, degrees: Degrees, constraints: Constraints) -> Iterator[tuple[str, int]]:
+    """Schedules with their number of stages per rank. Without a pipeline all are 1F1B; Naive only when asked for."""
+    p, m, fixed = degrees.pipeline_parallel, degrees.num_microbatches, constraints.fixed
+    for name in SCHEDULES:
+        if not constraints.allows("schedule", name) or (name == "Naive" and fixed.schedule != "Naive"):
+            continue
+        if p == 1 and name != (fixed.schedule or "1F1B"):
+            continue
+        most = (inputs.model.num_layers + 2) // p
+        if name not in INTERLEAVED_SCHEDULES:
+            numbers: range = range(1, 2)
+        elif name == "ZBVZeroBubble":
+            numbers = range(2, min(most, 2) + 1)
+        else:
+            numbers = range(2, most + 1)
+        for v in numbers:
+            if constraints.allows("num_virtual_stages", v) and _runs(name, p, v, m):
+                yield name, v
+
+
+def _runs(schedule: str, p: int, v: int, m: int) -> bool:
+    try:
+        check_schedule(schedule, p, v, m, "")
+    except InputError:
+        return False
+    return True
+
+
+def zero_stages(degrees: Degrees, schedule: str, constraints: Constraints) -> list[int]:
+    """ZeRO stages worth telling apart: without data parallelism they are all the same."""
+    known = [0, 1, 2, 3] if schedule not in SPLIT_BACKWARD_SCHEDULES else [0, 1, 2]
+    allowed = [stage for stage in known if constraints.allows("zero_stage", stage)]
+    return allowed[:1] if degrees.data_parallel == 1 else allowed
+
+
+def recompute_levels(constraints: Constraints) -> tuple[Recompute, ...]:
+    return tuple(level for level in LEVELS if constraints.allows("recompute", level))
+
+
+def decisions_of(
+    degrees: Degrees, *, schedule: str = "1F1B", num_virtual_stages: int = 1, zero_stage: int = 0, sequence_parallel: bool = False,
+    rank_order: tuple[Axis, ...] = AXES,
+) -> Decisions:  # fmt: skip
+    """Decisions without stages."""
+    return Decisions(
+        data_parallel=degrees.data_parallel,
+        tensor_parallel=degrees.tensor_parallel,
+        pipeline_parallel=degrees.pipeline_parallel,
+        zero_stage=zero_stage,
+        sequence_parallel=sequence_parallel,
+        micro_batch_size=degrees.micro_batch_size,
+        num_microbatches=degrees.num_microbatches,
+        schedule=schedule,  # type: ignore[arg-type]
+        num_virtual_stages=num_virtual_stages,
+        rank_order=rank_order,
+        stages=(),
+    )

@@ -1,0 +1,492 @@
+"""The integer program: where to cut a chain of layers into pipeline stages, and what each layer recomputes.
+
+It knows nothing of transformers. Given are a chain of runs of identical layers, the graph of a schedule's step
+(`planner.critical_path`), and for each pipeline rank the moments at which its memory may peak.
+
+    r  run of n_r identical layers          s  stage, on pipeline rank ρ(s)      o  option (recompute level) of a layer
+    f, b, i, w   seconds of forward, backward, and of the backward's two halves (input, weights) of one micro-batch
+    a  bytes saved per micro-batch in flight   e  bytes of weights, gradients, optimizer   τ  bytes for a moment
+
+Variables, the first two rows integer:
+
+    x[s,r,o]   layers of run r on stage s with option o              u[s,r]   layers of run r on stages 0..s
+    y[s,r]     1 if run r ends on stage s or before                  z[s,r,o] 1 if x[s,r,o] > 0
+    F[s], B[s], I[s], W[s], R[s]  seconds of the stage               T        seconds of the step
+
+    minimise T subject to
+
+    Σ_o x[s,r,o] = u[s,r] - u[s-1,r],  u[last,r] = n_r                    every layer on one stage      _layers_once
+    n_r y[s,r] <= u[s,r] <= n_r y[s,r-1]                                  runs follow one another       _runs_in_order
+    Σ_{r,o} x[s,r,o] >= 1                                                 no stage is empty             _no_empty_stage
+    F[s] = Σ f[r,o] x[s,r,o]  (B, I, W alike)                             seconds of a stage            _stage_seconds
+    R[s] >= g Σ parameters_r x[s,r,o] + g' for each piece (g, g')          its reduction                 _reduce_seconds
+    Σ_{s on the rank} Σ (e_r + k_s a[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment of each rank   _memory
+        that can be its peak: k_s micro-batches of stage s in flight while stage s* goes in direction d
+    τ[s,d] >= τ[r,o,d] z[s,r,o],  x[s,r,o] <= n_r z[s,r,o]                the largest transient counts  _transients
+    T >= Σ_s (N_F F[s] + N_B B[s] + ...) + messages + reduction + optimizer
+        for each path through the schedule's graph, N its counts          fill, steady state, drain     _path
+    T <= cutoff                                                           better than what is known     solve_pipeline
+
+There are more paths than can be written down, so they are added as they bind: solve, walk the schedule with the stages
+found, add its critical paths, and solve again, first the linear relaxation, then the integer program. Every path is a
+lower bound on the walked step time for any stages (the step is the longest path), so the optimum of each such program
+is a lower bound on the best walked step time. It ends when the bound meets the walked time of the best stages found:
+then these are optimal for the walk itself, fill and drain, unequal stages and messages included, under every schedule.
+For p equal stages and no messages the paths give the textbook (m + p - 1)(f + b) of GPipe and 1F1B (Narayanan et al.
+2021, arXiv 2104.04473, section 2.2). The same is done for moments of memory: only those that are violated are added.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from planner.critical_path import Graph, Key, Path, path_seconds
+from planner.errors import SolverError
+
+TOLERANCE = 1e-6
+"""Relative gap below which a plan counts as proven optimal; it is the solver's own feasibility tolerance."""
+_SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
+
+
+class Option(NamedTuple):
+    """One way to run a layer. Seconds are of one micro-batch, bytes of one rank."""
+
+    name: str
+    forward: float
+    backward: float
+    backward_input: float
+    backward_weight: float
+    saved: float
+    """Bytes kept per micro-batch in flight."""
+    forward_transient: float = 0.0
+    """Bytes needed beyond that while it runs."""
+    backward_transient: float = 0.0
+
+    def seconds(self, kind: str) -> float:
+        """Of a compute action: F, B, I or W."""
+        return {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}[kind]
+
+
+class Run(NamedTuple):
+    """`length` identical layers in a row."""
+
+    name: str
+    length: int
+    options: tuple[Option, ...]
+    states: float = 0.0
+    """Bytes of weights, gradients and optimizer state of one layer."""
+    parameters: float = 0.0
+    """Of one layer on one rank; reduction and optimizer take time by them."""
+
+
+class Piece(NamedTuple):
+    """An affine function of a number of parameters, in seconds."""
+
+    slope: float
+    intercept: float
+
+    def __call__(self, parameters: float) -> float:
+        return self.slope * parameters + self.intercept
+
+
+_NOTHING = Piece(0.0, 0.0)
+
+
+class Moment(NamedTuple):
+    """A moment at which a rank's memory may peak: micro-batches in flight per stage, and the stage that is at work."""
+
+    rank: int
+    in_flight: tuple[tuple[int, int], ...]
+    """(stage, micro-batches) of the rank's stages."""
+    stage: int
+    forward: bool
+    """The direction that it goes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What `solve_pipeline` is given."""
+
+    runs: tuple[Run, ...]
+    ranks: tuple[int, ...]
+    """Pipeline rank of each stage."""
+    limits: tuple[float, ...]
+    """Bytes of each rank for what the layers need."""
+    moments: tuple[Moment, ...]
+    kinds: str
+    """Kinds of compute action that the schedule has: "FB" or "FIW"."""
+    message_seconds: Mapping[Key, float] = field(default_factory=dict)
+    """Of each SEND_F and SEND_B key."""
+    reduce_pieces: tuple[Piece, ...] = ()
+    """Seconds of a stage's reduction by its parameters: the largest of these."""
+    optimizer_piece: Piece = _NOTHING
+    """Seconds of a rank's optimizer by its parameters."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(run.length for run in self.runs)
+
+
+Counts = tuple[tuple[tuple[int, ...], ...], ...]
+"""Layers by stage, run and option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best stages found, and what is proven about all others."""
+
+    counts: Counts | None
+    """None when nothing better than the cutoff exists (or was found in time)."""
+    seconds: float
+    """Walked step time of `counts`; infinite without."""
+    bound: float
+    """No stages take less. Infinite when none fit, the cutoff when none are better."""
+    proven: bool
+    """Whether the bound meets the seconds, the cutoff or infinity."""
+    solver: str
+    paths: tuple[Path, ...]
+    num_programs: int
+
+
+def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) -> dict[Key, float]:
+    """Seconds of everything that lies on the paths, for these layers on the stages."""
+    found = dict(pipeline.message_seconds)
+    held = [0.0] * (max(pipeline.ranks) + 1)
+    for stage, rows in enumerate(counts):
+        parameters = 0.0
+        for run, row in zip(pipeline.runs, rows, strict=True):
+            for option, count in zip(run.options, row, strict=True):
+                if count:
+                    parameters += count * run.parameters
+                    for kind in pipeline.kinds:
+                        found[kind, stage] = found.get((kind, stage), 0.0) + count * option.seconds(kind)
+        found["REDUCE", stage] = max((piece(parameters) for piece in pipeline.reduce_pieces), default=0.0)
+        held[pipeline.ranks[stage]] += parameters
+    for rank, parameters in enumerate(held):
+        found["OPTIMIZER", rank] = pipeline.optimizer_piece(parameters)
+    return found
+
+
+def moment_bytes(pipeline: Pipeline, moment: Moment, counts: Counts) -> float:
+    """Bytes that the layers of a rank need at a moment."""
+    total = 0.0
+    for stage, in_flight in moment.in_flight:
+        for run, row in zip(pipeline.runs, counts[stage], strict=True):
+            for option, count in zip(run.options, row, strict=True):
+                total += count * (run.states + in_flight * option.saved)
+    transients = [
+        option.forward_transient if moment.forward else option.backward_transient
+        for run, row in zip(pipeline.runs, counts[moment.stage], strict=True)
+        for option, count in zip(run.options, row, strict=True)
+        if count
+    ]
+    return total + max(transients, default=0.0)
+
+
+def excess_bytes(pipeline: Pipeline, counts: Counts) -> tuple[float, Moment]:
+    """How far the fullest moment lies above its rank's limit (negative: below it), and which moment that is."""
+    return max((moment_bytes(pipeline, moment, counts) - pipeline.limits[moment.rank], moment) for moment in pipeline.moments)
+
+
+def solve_pipeline(
+    pipeline: Pipeline,
+    graph: Graph,
+    *,
+    cutoff: float = math.inf,
+    paths: Iterable[Path] = (),
+    lower_bound: float = 0.0,
+    deadline: float | None = None,
+    solver: str | None = None,
+    relaxed_only: bool = False,
+) -> Solution:
+    """The stages with the least walked step time, if they take less than `cutoff` seconds.
+
+    `paths` are known paths of the same graph (they only save time), `deadline` a `time.monotonic()`, `solver` "HiGHS" or
+    "CBC" (default: the first that is installed). With `relaxed_only` only the linear relaxation is solved, for its bound.
+    Raises SolverError when no solver is installed or the one chosen fails.
+    """
+    program = _Program(pipeline, cutoff, solver)
+    for path in dict.fromkeys(paths):
+        program.add_path(path)
+    best: Counts | None = None
+    best_seconds, bound = math.inf, lower_bound
+    for integer in (False, True):
+        if integer and relaxed_only:
+            break
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return program.solution(best, best_seconds, bound, False)
+            outcome = program.run(integer, left)
+            if outcome.infeasible:
+                known = min(best_seconds, cutoff)
+                return program.solution(best, best_seconds, max(bound, known), True)
+            bound = max(bound, min(outcome.bound, best_seconds))
+            if outcome.values is None:
+                return program.solution(best, best_seconds, bound, False)
+            if bound >= cutoff * (1 - TOLERANCE):
+                return program.solution(best, best_seconds, bound, True)
+            values: Sequence[Sequence[Sequence[float]]] = outcome.values
+            added = 0
+            if integer:
+                counts = tuple(tuple(tuple(round(x) for x in row) for row in rows) for rows in values)
+                added = program.add_violated_moments(counts)
+                values = counts
+            length, critical = graph.critical_paths(stage_seconds(pipeline, values))
+            if integer and not added and length < best_seconds:
+                best, best_seconds = counts, length
+                program.lower_cutoff(length)
+            if integer and best is not None and bound >= best_seconds * (1 - TOLERANCE):
+                return program.solution(best, best_seconds, bound, True)
+            if not integer and outcome.bound >= length * (1 - TOLERANCE):
+                break
+            added += sum(program.add_path(path) for path in critical)
+            if not added:
+                if not integer:
+                    break
+                # the walk agrees with a known path, so that what is left is the solver's own tolerance
+                return program.solution(best, best_seconds, bound, best is not None and bound >= best_seconds * (1 - 10 * TOLERANCE))
+    return program.solution(best, best_seconds, bound, False)
+
+
+class _Outcome(NamedTuple):
+    values: list[list[list[float]]] | None
+    bound: float
+    infeasible: bool
+
+
+class _Program:
+    """The program in PuLP, and the rows that are added to it."""
+
+    def __init__(self, pipeline: Pipeline, cutoff: float, solver: str | None) -> None:
+        import pulp  # type: ignore[import-untyped]
+
+        self.pulp, self.pipeline = pulp, pipeline
+        self.solver = _choose(pulp, solver)
+        self.known_paths: dict[Path, None] = {}
+        self.known_moments: set[Moment] = set()
+        self.num_programs = 0
+        self.second = _SCALE / (cutoff if cutoff < math.inf else _typical_seconds(pipeline))
+        self.problem = pulp.LpProblem("pipeline", pulp.LpMinimize)
+        self.step = self.problem.add_variable("T", 0, _SCALE if cutoff < math.inf else None)
+        self.problem.setObjective(self.step * 1)
+        stages, runs = range(pipeline.num_stages), range(len(pipeline.runs))
+        self.x = [
+            [
+                [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, run.length, "Integer") for o in range(len(run.options))]
+                for r, run in enumerate(pipeline.runs)
+            ]
+            for s in stages
+        ]
+        self.u = [[self.problem.add_variable(f"u_{s}_{r}", 0, pipeline.runs[r].length, "Integer") for r in runs] for s in stages]
+        self._layers_once()
+        self._runs_in_order()
+        self._no_empty_stage()
+        self.seconds = self._stage_seconds()
+        self.transients: dict[tuple[int, bool], Any] = {}
+        for rank in sorted(set(pipeline.ranks)):
+            fullest = max((moment for moment in pipeline.moments if moment.rank == rank), key=_weight, default=None)
+            if fullest is not None:
+                self._memory(fullest)
+
+    def _add(self, terms: list[tuple[Any, float]], sense: int, right: float) -> None:
+        expression = self.pulp.LpAffineExpression([(variable, value) for variable, value in terms if value])
+        self.problem.addConstraint(self.pulp.LpConstraint(expression, sense, rhs=right))
+
+    def _layers_once(self) -> None:
+        for s, rows in enumerate(self.x):
+            for r, row in enumerate(rows):
+                terms = [(x, 1.0) for x in row] + [(self.u[s][r], -1.0)]
+                self._add(terms + ([(self.u[s - 1][r], 1.0)] if s else []), 0, 0.0)
+        for r, run in enumerate(self.pipeline.runs):
+            self.u[-1][r].lowBound = run.length
+
+    def _runs_in_order(self) -> None:
+        for s, rows in enumerate(self.u[:-1]):
+            for r in range(len(rows) - 1):
+                count, following = self.pipeline.runs[r].length, self.pipeline.runs[r + 1].length
+                done = rows[r] if count == 1 else self.problem.add_variable(f"y_{s}_{r}", 0, 1, "Integer")
+                if count > 1:
+                    self._add([(done, float(count)), (rows[r], -1.0)], -1, 0.0)
+                self._add([(rows[r + 1], 1.0), (done, -float(following))], -1, 0.0)
+
+    def _no_empty_stage(self) -> None:
+        for rows in self.x:
+            self._add([(x, 1.0) for row in rows for x in row], 1, 1.0)
+
+    def _stage_seconds(self) -> dict[Key, Any]:
+        found: dict[Key, Any] = {}
+        for s, rows in enumerate(self.x):
+            for kind in self.pipeline.kinds:
+                found[kind, s] = self.problem.add_variable(f"{kind}_{s}", 0)
+                terms = [
+                    (x, option.seconds(kind) * self.second)
+                    for run, row in zip(self.pipeline.runs, rows, strict=True)
+                    for option, x in zip(run.options, row, strict=True)
+                ]
+                self._add([*terms, (found[kind, s], -1.0)], 0, 0.0)
+        return found
+
+    def _memory(self, moment: Moment) -> None:
+        self.known_moments.add(moment)
+        limit, byte = self.pipeline.limits[moment.rank], self._byte(moment.rank)
+        terms = [
+            (x, (run.states + in_flight * option.saved) * byte)
+            for stage, in_flight in moment.in_flight
+            for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
+            for option, x in zip(run.options, row, strict=True)
+        ]
+        self._add([*terms, (self._transient(moment.stage, moment.forward), 1.0)], -1, limit * byte)
+
+    def _byte(self, rank: int) -> float:
+        return _SCALE / max(abs(self.pipeline.limits[rank]), 1.0)
+
+    def _transient(self, stage: int, forward: bool) -> Any:
+        return self.transients.get((stage, forward)) or self._transients(stage, forward)
+
+    def _transients(self, stage: int, forward: bool) -> Any:
+        """τ of a stage in one direction."""
+        name = f"{stage}_{'F' if forward else 'B'}"
+        tau = self.transients[stage, forward] = self.problem.add_variable(f"tau_{name}", 0)
+        byte = self._byte(self.pipeline.ranks[stage])
+        for r, run in enumerate(self.pipeline.runs):
+            for o, option in enumerate(run.options):
+                x, need = self.x[stage][r][o], _transient_bytes(option, forward) * byte
+                if need <= 0:
+                    continue
+                used = x
+                if run.length > 1:
+                    used = self.problem.add_variable(f"z_{name}_{r}_{o}", 0, 1, "Integer")
+                    self._add([(x, 1.0), (used, -float(run.length))], -1, 0.0)
+                self._add([(tau, 1.0), (used, -need)], 1, 0.0)
+        return tau
+
+    def add_path(self, path: Path) -> bool:
+        """Adds a path unless it is known; says whether it was new."""
+        if path in self.known_paths:
+            return False
+        self.known_paths[path] = None
+        self._path(path)
+        return True
+
+    def _path(self, path: Path) -> None:
+        pipeline = self.pipeline
+        constant = path_seconds(path, pipeline.message_seconds) * self.second
+        terms: list[tuple[Any, float]] = [(self.step, 1.0)]
+        for (kind, place), count in path:
+            if kind == "OPTIMIZER":
+                stages = [s for s, rank in enumerate(pipeline.ranks) if rank == place]
+                terms += self._parameters(stages, -count * pipeline.optimizer_piece.slope)
+                constant += count * pipeline.optimizer_piece.intercept * self.second
+            elif kind == "REDUCE" and pipeline.reduce_pieces:
+                terms.append((self.seconds.get((kind, place)) or self._reduce_seconds(place), -float(count)))
+            elif (kind, place) in self.seconds:
+                terms.append((self.seconds[kind, place], -float(count)))
+        self._add(terms, 1, constant)
+
+    def _parameters(self, stages: Iterable[int], seconds_each: float) -> list[tuple[Any, float]]:
+        return [
+            (x, run.parameters * seconds_each * self.second)
+            for s in stages
+            for run, row in zip(self.pipeline.runs, self.x[s], strict=True)
+            for x in row
+        ]
+
+    def _reduce_seconds(self, stage: int) -> Any:
+        found = self.seconds["REDUCE", stage] = self.problem.add_variable(f"R_{stage}", 0)
+        for piece in self.pipeline.reduce_pieces:
+            self._add([(found, 1.0), *self._parameters([stage], -piece.slope)], 1, piece.intercept * self.second)
+        return found
+
+    def add_violated_moments(self, counts: Counts) -> int:
+        """Adds the fullest violated moment of each rank; says how many there were."""
+        worst: dict[int, tuple[float, Moment]] = {}
+        for moment in self.pipeline.moments:
+            over = moment_bytes(self.pipeline, moment, counts) - self.pipeline.limits[moment.rank]
+            if over > 1e-9 * abs(self.pipeline.limits[moment.rank]) and moment not in self.known_moments:
+                worst[moment.rank] = max(worst.get(moment.rank, (over, moment)), (over, moment))
+        for _, moment in worst.values():
+            self._memory(moment)
+        return len(worst)
+
+    def lower_cutoff(self, seconds: float) -> None:
+        self.step.upBound = seconds * self.second
+
+    def run(self, integer: bool, time_limit: float | None) -> _Outcome:
+        """Solves what has been written down so far. Raises SolverError when the solver fails."""
+        pulp = self.pulp
+        self.num_programs += 1
+        options: dict[str, Any] = {"msg": False, "mip": integer, "gapRel": 0.0, "threads": 1}
+        if time_limit is not None:
+            options["timeLimit"] = max(time_limit, 0.01)
+        try:
+            self.problem.solve(_SOLVERS[self.solver](pulp, gapAbs=TOLERANCE, **options))
+        except (pulp.PulpError, OSError, RuntimeError, ValueError) as error:
+            raise SolverError(f"{self.solver} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        status, detail = self.problem.status, self.problem.sol_status
+        if status == pulp.LpStatusInfeasible:
+            return _Outcome(None, math.inf, True)
+        if status != pulp.LpStatusOptimal or self.step.varValue is None:
+            return _Outcome(None, self._dual_bound(integer, False), False)
+        proven = detail == pulp.LpSolutionOptimal
+        values = [[[x.varValue or 0.0 for x in row] for row in rows] for rows in self.x]
+        return _Outcome(values, self._dual_bound(integer, proven), False)
+
+    def _dual_bound(self, integer: bool, proven: bool) -> float:
+        """Seconds that the solver has proven no solution to beat."""
+        if self.solver == "HiGHS" and integer:
+            bound = float(self.problem.solverModel.getInfo().mip_dual_bound)
+            return bound / self.second if math.isfinite(bound) else 0.0
+        return float(self.step.varValue) / self.second if proven else 0.0
+
+    def solution(self, counts: Counts | None, seconds: float, bound: float, proven: bool) -> Solution:
+        return Solution(counts, seconds, bound, proven, self.solver, tuple(self.known_paths), self.num_programs)
+
+
+def _transient_bytes(option: Option, forward: bool) -> float:
+    return option.forward_transient if forward else option.backward_transient
+
+
+def _weight(moment: Moment) -> tuple[int, bool, int]:
+    """Orders the moments of a rank by the micro-batches in flight."""
+    return sum(count for _, count in moment.in_flight), not moment.forward, -moment.stage
+
+
+def _typical_seconds(pipeline: Pipeline) -> float:
+    """A number of the order of a micro-batch's seconds through the whole chain."""
+    total = sum(run.length * max(sum(option.seconds(kind) for kind in pipeline.kinds) for option in run.options) for run in pipeline.runs)
+    return total if total > 0 else 1.0
+
+
+def _highs(pulp: Any, **options: Any) -> Any:
+    return pulp.HiGHS(**options)
+
+
+def _cbc(pulp: Any, **options: Any) -> Any:
+    """CBC from PuLP's own wheel where it brings one, else from the search path."""
+    return pulp.COIN_CMD(path=getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", "cbc"), **options)
+
+
+_SOLVERS: dict[str, Callable[..., Any]] = {"HiGHS": _highs, "CBC": _cbc}
+
+
+def _choose(pulp: Any, name: str | None) -> str:
+    """HiGHS where it is installed, CBC where it is not."""
+    if name is not None and name not in _SOLVERS:
+        raise SolverError(f"unknown solver {name}: {' or '.join(_SOLVERS)} is expected")
+    for candidate in [name] if name else _SOLVERS:
+        try:
+            if _SOLVERS[candidate](pulp, msg=False).available():
+                return candidate
+        except (pulp.PulpError, AttributeError, OSError):
+            continue
+    missing = f"{name} is not" if name else "neither HiGHS nor CBC is"
+    raise SolverError(f"{missing} installed; `pip install highspy` installs HiGHS")
