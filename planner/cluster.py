@@ -58,6 +58,8 @@ class Efficiency(Document, kw_only=True):
     """Of link bandwidth, by a large message between two ranks."""
     attention: float = 0.6
     """Of peak FLOP/s, by the forward pass of fused (flash) attention."""
+    attention_backward: float = 0.5
+    """Of peak FLOP/s, by the backward pass of fused attention."""
     matmul_depth_overhead: float = 0.0
     """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
     kernel_seconds: float = 0.0

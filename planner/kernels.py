@@ -55,12 +55,12 @@ def _wave_factor(rows: float, columns: float, batch: float, units: int) -> float
     return best
 
 
-def elementwise_seconds(cluster: ClusterSpec, num_bytes: float) -> float:
-    """Time of kernels that read and write `num_bytes` in all."""
+def elementwise_seconds(cluster: ClusterSpec, num_bytes: float, num_kernels: int = 1) -> float:
+    """Time of `num_kernels` kernels that read and write `num_bytes` in all."""
     efficiency = cluster.efficiency
     if num_bytes <= 0:
         return 0.0
-    return num_bytes / (cluster.gpu.memory_bandwidth_bytes_per_second * efficiency.memory) + efficiency.kernel_seconds
+    return num_bytes / (cluster.gpu.memory_bandwidth_bytes_per_second * efficiency.memory) + num_kernels * efficiency.kernel_seconds
 
 
 def core_share(cluster: ClusterSpec, num_ranks: int) -> float:

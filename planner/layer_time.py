@@ -39,13 +39,15 @@ class LayerSeconds(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Times of a layer's parts, nothing recomputed."""
+    """Times of a layer's parts, nothing recomputed, computation and communication apart."""
 
-    forward: float
+    matmul: float
+    """Matrix products of the forward pass."""
+    elementwise: float
+    core: float
+    """Attention between its projections, forward."""
     backward_input: float
     backward_weight: float
-    attention_core: float
-    """What selective recomputation runs again."""
     communication_forward: float
     communication_backward: float
 
@@ -63,22 +65,46 @@ def layer_seconds(
     Full recomputation adds the forward pass with its communication to the backward pass, selective the attention core
     (Korthikanti et al. 2022, arXiv 2205.05198, section 5).
     """
-    program = software or software_of(inputs)
+    return timed_layer(inputs, decisions, kind, recompute, software or software_of(inputs))[0]
+
+
+def timed_layer(
+    inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute, program: Software
+) -> tuple[LayerSeconds, float]:
+    """The layer's seconds, and of forward and backward together the visible tensor-parallel communication."""
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
-    scale = inputs.cluster.efficiency.time_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
-    visible = 1.0 - program.overlap_tensor_parallel
-    forward = parts.forward * scale + parts.communication_forward * visible
+    scale = inputs.cluster.efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
+    sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)
+    returned = _backward_communication(parts.communication_backward, decisions.sequence_parallel, program.overlap_tensor_backward)
+    forward = (parts.matmul + parts.elementwise + parts.core) * scale + sent + program.host_seconds
     weight = parts.backward_weight * scale
-    backward = parts.backward_input * scale + parts.communication_backward * visible
-    if recompute == "full" and kind == "block":
+    backward = parts.backward_input * scale + returned + program.host_seconds
+    communication = sent + returned
+    if kind == "block" and recompute == "full":
         backward += forward
-    elif recompute == "selective" and kind == "block":
-        backward += parts.attention_core * scale
-    return LayerSeconds(forward, backward + weight, backward, weight)
+        communication += sent
+    elif kind == "block" and recompute == "selective":
+        again = parts.core if program.selective_recompute == "core" else 0.5 * parts.matmul + parts.elementwise
+        backward += again * scale
+    return LayerSeconds(forward, backward + weight, backward, weight), communication
+
+
+def _backward_communication(seconds: float, sequence_parallel: bool, overlap: float) -> float:
+    """What is visible of it. With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) half of it gathers the
+    gradient before a product needs it and hides behind nothing, and the saved input is gathered once more.
+    """
+    if not sequence_parallel:
+        return seconds * (1.0 - overlap)
+    return 0.5 * seconds + seconds * (1.0 - overlap)
 
 
 def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
-    """A transformer block: four projections (five when gated), the attention core, and the element-wise rest."""
+    """A transformer block: four projections (five when gated), the attention core, and the element-wise rest.
+
+    Element-wise traffic in elements per token, from the kernels of Megatron-LM: a norm reads and writes; bias, dropout
+    and residual read two, write one and half a mask; each norm's backward pass moves eight with its residual, each
+    dropout's two and a half, each bias's one. Activation and rotary embedding move what they read and write.
+    """
     model, cluster, precision = inputs.model, inputs.cluster, inputs.training.precision
     t, h = decisions.tensor_parallel, model.hidden_size
     n = decisions.micro_batch_size * inputs.training.sequence_length
@@ -86,74 +112,79 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     key_values = model.head_dim * max(model.num_key_value_heads / t, 1.0)
     ups = 2 if model.gated_ffn else 1
     f = model.ffn_hidden_size / t
-    forward = backward = weight = 0.0
+    forward = backward = weight = parameters = 0.0
+    slow = 1.0 / program.matmul_speed
     for columns, depth in ((heads + 2 * key_values, h), (h, heads), (ups * f, h), (h, f)):
-        forward += matmul_seconds(cluster, precision, n, columns, depth)
-        backward += matmul_seconds(cluster, precision, n, depth, columns)
-        weight += matmul_seconds(cluster, precision, columns, depth, n)
-    core_forward, core_backward = _attention_core(inputs, decisions, program)
-    size = ELEMENT_BYTES[precision] * program.elementwise_passes
+        forward += slow * matmul_seconds(cluster, precision, n, columns, depth)
+        backward += slow * matmul_seconds(cluster, precision, n, depth, columns)
+        weight += slow * matmul_seconds(cluster, precision, columns, depth, n)
+        parameters += columns * depth
+    core, core_backward = _attention_core(inputs, decisions, program)
+    size = ELEMENT_BYTES[precision]
     whole = n * h / (t if decisions.sequence_parallel else 1)
     rotary = 2 * (heads + key_values) if model.position_embedding == "rope" else 0.0
-    activation = (3 if model.gated_ffn else 2) * f
-    # Norms read and write; dropout and residual read two and write one; the backward passes read one more each.
-    light = size * (whole * (2 * model.num_norms_per_layer + 6) + n * (rotary + activation))
-    heavy = size * (whole * (5 * model.num_norms_per_layer + 4) + n * (rotary + activation + ups * f))
-    forward += elementwise_seconds(cluster, light) + core_forward
-    backward += elementwise_seconds(cluster, heavy) + core_backward
+    residuals = 1 if model.parallel_block else 2
+    light = whole * (2 * model.num_norms_per_layer + 3.5 * residuals) + n * (rotary + 2 * heads + (ups + 1) * f)
+    heavy = whole * (8 * model.num_norms_per_layer + 2.5 * residuals + 2) + n * (rotary + 3 * heads + (2 * ups + 2) * f)
+    passes = size * program.elementwise_passes
+    elementwise = elementwise_seconds(cluster, light * passes, 8)
+    backward += elementwise_seconds(cluster, heavy * passes, 14) + core_backward
+    weight += elementwise_seconds(cluster, parameters * program.accumulation_bytes * (size / 2), 4)
     communication = 0.0
-    gather_again = 0.0
     if t > 1:
-        ranks = axis_group(cluster, decisions, "tp")
-        volume = float(n * h * ELEMENT_BYTES[precision])
-        communication = (1 if model.parallel_block else 2) * all_reduce_seconds(ranks, volume)
-        gather_again = 0.0
-    return _Parts(forward, backward, weight, core_forward, communication, communication + gather_again)
+        communication = residuals * all_reduce_seconds(axis_group(cluster, decisions, "tp"), float(n * h * size))
+    return _Parts(forward, elementwise, core, backward, weight, communication, communication)
 
 
 def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> tuple[float, float]:
-    """Forward and backward seconds of scores, softmax and values."""
+    """Forward and backward seconds of scores, softmax and values; fused attention's backward pass does 2.5 times the work."""
     model, cluster, precision = inputs.model, inputs.cluster, inputs.training.precision
     s, d = inputs.training.sequence_length, model.head_dim
     batch = decisions.micro_batch_size * model.num_attention_heads / decisions.tensor_parallel
+    efficiency = cluster.efficiency
     if program.attention == "fused":
-        causal = 0.5 if program.causal_skip else 1.0
-        flops = 4.0 * batch * s * s * d * causal
-        rate = peak_flops_per_second(cluster, precision) * cluster.efficiency.attention
-        kernel = cluster.efficiency.kernel_seconds
-        return flops / rate + kernel, 2.5 * flops / (rate * 0.85) + kernel
+        flops = 4.0 * batch * s * (s * 0.5 + 128 if program.causal_skip else s) * max(d, 64)
+        rate = peak_flops_per_second(cluster, precision) * program.attention_speed
+        forward = flops / (rate * efficiency.attention) + efficiency.kernel_seconds
+        return forward, 2.5 * flops / (rate * efficiency.attention_backward) + 2 * efficiency.kernel_seconds
     products = matmul_seconds(cluster, precision, s, s, d, batch) + matmul_seconds(cluster, precision, s, d, s, batch)
+    products /= program.matmul_speed
     scores = batch * s * s * ELEMENT_BYTES[precision]
-    forward = products + elementwise_seconds(cluster, 4.5 * scores)
-    return forward, 2 * products + elementwise_seconds(cluster, 5.5 * scores)
+    forward = products + elementwise_seconds(cluster, program.softmax_passes * scores, 2)
+    return forward, 2 * products + elementwise_seconds(cluster, (program.softmax_passes + 1) * scores, 2)
 
 
 def _embedding(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     """Looking up n rows of h; with tensor parallelism the vocabulary is cut, and the rows are summed over the ranks."""
     model, cluster = inputs.model, inputs.cluster
     n = decisions.micro_batch_size * inputs.training.sequence_length
-    volume = float(n * model.hidden_size * ELEMENT_BYTES[inputs.training.precision])
-    light = elementwise_seconds(cluster, 4 * volume * program.elementwise_passes)
+    size = ELEMENT_BYTES[inputs.training.precision]
+    volume = float(n * model.hidden_size * size)
+    light = elementwise_seconds(cluster, 4 * volume * program.elementwise_passes, 4)
+    table = model.token_embedding_parameters / decisions.tensor_parallel * program.accumulation_bytes * (size / 2)
     communication = all_reduce_seconds(axis_group(cluster, decisions, "tp"), volume) if decisions.tensor_parallel > 1 else 0.0
-    return _Parts(light, 0.0, light, 0.0, communication, 0.0)
+    return _Parts(0.0, light, 0.0, 0.0, light + elementwise_seconds(cluster, table), communication, 0.0)
 
 
 def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
-    """Final norm, the product with the vocabulary, and the cross-entropy in fp32 over V/t columns."""
+    """Final norm, the product with the vocabulary, and the cross-entropy over V/t columns, two thirds of it forward."""
     model, cluster, precision = inputs.model, inputs.cluster, inputs.training.precision
     t, h = decisions.tensor_parallel, model.hidden_size
     n = decisions.micro_batch_size * inputs.training.sequence_length
     columns = model.vocab_size / t
     size = ELEMENT_BYTES[precision]
-    norm = size * n * h / (t if decisions.sequence_parallel else 1)
-    loss = n * columns * program.elementwise_passes
-    forward = matmul_seconds(cluster, precision, n, columns, h) + elementwise_seconds(cluster, 2 * norm + (size + 12) * loss)
-    backward = matmul_seconds(cluster, precision, n, h, columns) + elementwise_seconds(cluster, 5 * norm + (size + 8) * loss)
-    weight = matmul_seconds(cluster, precision, columns, h, n)
+    norm = size * n * h * program.elementwise_passes / (t if decisions.sequence_parallel else 1)
+    loss = n * columns * program.loss_bytes
+    slow = 1.0 / program.matmul_speed
+    forward = slow * matmul_seconds(cluster, precision, n, columns, h)
+    elementwise = elementwise_seconds(cluster, 2 * norm + 2 / 3 * loss, 6)
+    backward = slow * matmul_seconds(cluster, precision, n, h, columns) + elementwise_seconds(cluster, 8 * norm + loss / 3, 4)
+    weight = slow * matmul_seconds(cluster, precision, columns, h, n)
+    weight += elementwise_seconds(cluster, columns * h * program.accumulation_bytes * (size / 2))
     communication = 0.0
     if t > 1:
         communication = all_reduce_seconds(axis_group(cluster, decisions, "tp"), float(n * h * size))
-    return _Parts(forward, backward, weight, 0.0, communication if decisions.sequence_parallel else 0.0, communication)
+    return _Parts(forward, elementwise, 0.0, backward, weight, communication if decisions.sequence_parallel else 0.0, communication)
 
 
 def transfer_seconds(inputs: Inputs, decisions: Decisions, from_rank: int = 0, software: Software | None = None) -> float:
@@ -190,13 +221,12 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
         return 0.0
     cluster, precision = inputs.cluster, inputs.training.precision
     program = software or software_of(inputs)
-    shard, replicas = _data_parallel_groups(cluster, decisions)
+    shard, replicas, whole = (_slowed(ranks, program) for ranks in _data_parallel_groups(cluster, decisions))
     weight_bytes = num_parameters_on_rank * ELEMENT_BYTES[precision]
     gradient_bytes = num_parameters_on_rank * (4 if precision == "fp32" else program.gradient_bytes)
     m = decisions.num_microbatches
     across = all_reduce_seconds(replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
     if decisions.zero_stage == 0:
-        whole = group(cluster, decisions.data_parallel, axis_stride(decisions, "dp"))
         reduction, gathers, exposed_gather = all_reduce_seconds(whole, gradient_bytes), 0.0, 0.0
     elif decisions.zero_stage < 3:
         reduction = reduce_scatter_seconds(shard, gradient_bytes) + across
@@ -216,11 +246,17 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     return reduction + m * gathers
 
 
-def _data_parallel_groups(cluster: ClusterSpec, decisions: Decisions) -> tuple[Group, Group]:
-    """The group that shards the states, and the group of its replicas (HSDP)."""
+def _data_parallel_groups(cluster: ClusterSpec, decisions: Decisions) -> tuple[Group, Group, Group]:
+    """The group that shards the states, the group of its replicas (HSDP), and both together."""
     stride = axis_stride(decisions, "dp")
-    shards = decisions.data_parallel // decisions.data_parallel_replicate
-    return group(cluster, shards, stride), group(cluster, decisions.data_parallel_replicate, stride * shards)
+    replicas = decisions.data_parallel_replicate
+    shards = decisions.data_parallel // replicas
+    whole = group(cluster, decisions.data_parallel, stride)
+    return (whole if replicas == 1 else group(cluster, shards, stride)), group(cluster, replicas, stride * shards), whole
+
+
+def _slowed(ranks: Group, program: Software) -> Group:
+    return ranks._replace(bandwidth=ranks.bandwidth * program.data_parallel_bandwidth)
 
 
 def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, software: Software | None = None) -> float:
@@ -229,7 +265,7 @@ def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_ra
     owned = num_parameters_on_rank
     if decisions.zero_stage > 0:
         owned /= decisions.data_parallel // decisions.data_parallel_replicate
-    traffic = program.optimizer_traffic_bytes * (1.0 if inputs.training.optimizer == "adam" else 0.5)
+    traffic = program.optimizer_bytes * (1.0 if inputs.training.optimizer == "adam" else 0.5)
     share = core_share(inputs.cluster, inputs.cluster.num_gpus)
     return elementwise_seconds(inputs.cluster, owned * traffic) * share * inputs.cluster.efficiency.time_scale
 
@@ -243,16 +279,3 @@ def parameters_per_rank(model: ModelSpec, tensor_parallel: int, kind: LayerKind)
         return (model.head_parameters - norm) / tensor_parallel + norm
     norms = model.num_norms_per_layer * model.norm_parameters
     return (model.block_parameters - norms) / tensor_parallel + norms
-
-
-
-def tensor_parallel_seconds(
-    inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute = "none", software: Software | None = None
-) -> float:
-    """Of a layer's forward and backward seconds, the visible tensor-parallel communication."""
-    if decisions.tensor_parallel == 1:
-        return 0.0
-    program = software or software_of(inputs)
-    parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
-    again = parts.communication_forward if recompute == "full" and kind == "block" else 0.0
-    return (1.0 - program.overlap_tensor_parallel) * (parts.communication_forward + parts.communication_backward + again)

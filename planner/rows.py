@@ -40,7 +40,7 @@ PROGRAMS: tuple[tuple[str, str], ...] = (
     (r"deepspeed.*zero-?3|zero-?3.*deepspeed", "deepspeed-zero3"),
     (r"2304\.11277|pytorch fsdp", "fsdp-paper"),
     (r"tinyllama|lit-?gpt", "lit-gpt"),
-    (r"gpt-neox", "megatron-deepspeed"),
+    (r"gpt-neox|megatron-turing|mt-?nlg", "megatron-deepspeed"),
     (r"nanotron|picotron", "nanotron"),
 )
 
@@ -212,8 +212,8 @@ class _Reader:
         bias = (not gated) if bias is None else bool(bias)
         tied = facts.get("tied_embeddings")
         name = str(facts.get("name") or "unnamed")
-        # GPT-2's vocabulary, padded as Megatron does, where a source gives none.
-        vocab = _count(facts.get("vocab_padded")) or _count(facts.get("vocab")) or 50304
+        # Where a source gives none: GPT-2's vocabulary, padded as Megatron does; SentencePiece's where its scripts use that.
+        vocab = _count(facts.get("vocab_padded")) or _count(facts.get("vocab")) or (32000 if self.program() == "megatron-zero-bubble" else 50304)
         return validate_model(
             ModelSpec(
                 name=name,
@@ -280,21 +280,21 @@ class _Reader:
         if "zb-v" in text or "zbv" in text:
             return "ZBVZeroBubble", 2, None
         if text.startswith("zb"):
-            return "1F1B", 1, (2.0 if "2p" in text or "h2" in text else 1.0)
+            return "InterleavedZeroBubble", 1, (2.0 if "2p" in text or "h2" in text else 1.0)
         if "gpipe" in text or "afab" in text:
             return "GPipe", 1, None
         if virtual > 1 and pp * virtual <= model.num_layers + 2:
             return "Interleaved1F1B", virtual, None
         return "1F1B", 1, None
 
-    def software(self) -> Software:
+    def program(self) -> str:
         for pattern, name in PROGRAMS:
             if re.search(pattern, self.text):
-                program = load_software(name)
-                break
-        else:
-            by_year = "megatron-2020" if self.year <= 2020 else "megatron-2021" if self.year <= 2022 else "megatron"
-            program = load_software(by_year)
+                return name
+        return {2021: "megatron-2021", 2022: "megatron-2022"}.get(self.year, "megatron-2020" if self.year <= 2020 else "megatron")
+
+    def software(self) -> Software:
+        program = load_software(self.program())
         if "ddp local" in self.text or "not overlapped" in self.text:
             program = msgspec.structs.replace(program, overlap_reduction=False)
         elif "ddp torch" in self.text:
@@ -302,7 +302,7 @@ class _Reader:
         if program.name == "torchtitan" and ("compile=true" in self.text or "torch.compile;" in self.text or "_compile" in self.text):
             program = load_software("torchtitan-compile")
         if "asynctp" in self.text.replace("asynctp_", "").replace(" ", "") and "vanillatp" not in self.text:
-            program = msgspec.structs.replace(program, overlap_tensor_parallel=0.6)
+            program = msgspec.structs.replace(program, overlap_tensor_forward=0.5, overlap_tensor_backward=0.5)
         return program
 
     def recompute(self, software: Software) -> tuple[Recompute, Software]:

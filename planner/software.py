@@ -15,6 +15,10 @@ class Software(Document, kw_only=True):
     """One training program, as far as its step time depends on it."""
 
     name: str
+    compute_scale: float = 1.0
+    """Fitted: time of its compute over what its kernels account for; 1 where nothing was fitted."""
+    matmul_speed: float = 1.0
+    """Speed of its matrix products over what the cluster's efficiency says; below 1 with libraries new to the GPU."""
     attention: Literal["fused", "unfused"] = "fused"
     """Fused attention (flash) never writes the s x s scores; unfused writes and reads them several times."""
     causal_skip: bool = True
@@ -22,25 +26,37 @@ class Software(Document, kw_only=True):
     attention_speed: float = 1.0
     """Speed of its fused attention over that of FlashAttention-2, whose share of the peak the cluster gives."""
     softmax_passes: float = 4.5
-    """Times that unfused attention reads or writes the scores in the forward pass."""
+    """Times that unfused attention reads or writes the scores in the forward pass; one more in the backward pass."""
     elementwise_passes: float = 1.0
-    """Memory traffic of norms, activations and residuals over that of perfectly fused kernels."""
+    """Memory traffic of norms, activations and residuals over that of kernels as fused as Megatron's."""
+    loss_bytes: float = 60.0
+    """Bytes read and written per logit by the cross-entropy, forward and backward together."""
+    accumulation_bytes: float = 6.0
+    """Bytes read and written per parameter to add one micro-batch's weight gradients to the sum."""
+    selective_recompute: Literal["core", "op"] = "core"
+    """What selective recomputation runs again: the attention core, or every second matrix product and the element-wise rest."""
     gradient_bytes: int = 2
     """Bytes of a gradient element in the data-parallel reduction, for 16-bit weights."""
-    optimizer_traffic_bytes: float = 34.0
-    """Bytes that the optimizer step reads and writes per parameter that it owns: gradients, moments, master weights, norm."""
+    optimizer_bytes: float = 34.0
+    """Bytes that the optimizer step reads and writes per parameter that it owns: gradients, norm, moments, master weights."""
     overlap_reduction: bool = False
     """Whether the gradient reduction runs while the last micro-batch's backward pass does."""
     overlap_gathers: bool = True
     """Whether ZeRO-3 gathers the next layer's weights while this one computes."""
-    overlap_tensor_parallel: float = 0.0
-    """Share of the tensor-parallel communication that hides behind matrix products."""
-    selective_recompute: Literal["core", "op"] = "core"
-    """What selective recomputation runs again: the attention core, or every second matrix product and the element-wise rest."""
+    data_parallel_bandwidth: float = 1.0
+    """Share of the group's bandwidth that its data-parallel collectives reach."""
+    overlap_tensor_forward: float = 0.0
+    """Share of the forward pass's tensor-parallel communication that hides behind matrix products."""
+    overlap_tensor_backward: float = 0.0
+    """The same of the backward pass, where the products for the weights can run beside it."""
+    blocking_transfers: bool = False
+    """Whether a rank waits for its sends and receives between stages, or computes meanwhile."""
     scatter_transfers: bool = False
     """Whether each tensor-parallel rank sends 1/t of a stage's output and the receivers gather it (SC21, section 4.1)."""
+    host_seconds: float = 0.0
+    """Time of each layer's pass that no GPU work hides: what the host needs to launch it."""
     step_seconds: float = 0.0
-    """Fixed cost of a step: data loading, launches, logging."""
+    """Fixed cost of a step: data loading, synchronisation, logging."""
     source: str = ""
 
 

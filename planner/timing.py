@@ -19,7 +19,7 @@ from planner.layer_time import (
     parameters_per_rank,
     reduce_seconds,
     software_of,
-    tensor_parallel_seconds,
+    timed_layer,
     transfer_seconds,
 )
 from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head
@@ -37,6 +37,10 @@ __all__ = [
     "reduce_seconds",
     "transfer_seconds",
 ]
+
+
+WARM_ROUNDS = 2
+"""Rounds of p micro-batches that are walked before the rest is extrapolated."""
 
 
 class TimePrediction(NamedTuple):
@@ -71,7 +75,7 @@ def predict_time(
     program = software or software_of(inputs)
     durations = _durations(inputs, decisions, program)
     p, m = decisions.pipeline_parallel, decisions.num_microbatches
-    ends = _rank_ends(decisions, durations)
+    ends = _rank_ends(decisions, durations, program.blocking_transfers)
     slowest = max(range(p), key=ends.__getitem__)
     step = ends[slowest] + program.step_seconds
     owned: list[list[int]] = [[] for _ in range(p)]
@@ -99,7 +103,8 @@ def predict_time(
 
 def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> Timeline:
     """The walk of the plan's action lists, event by event."""
-    durations = _durations(inputs, decisions, software or software_of(inputs))
+    program = software or software_of(inputs)
+    durations = _durations(inputs, decisions, program)
     by_kind = {
         "F": durations.forward,
         "B": durations.backward,
@@ -119,7 +124,8 @@ def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | 
     def transfer(action: Action) -> float:
         return durations.transfer[action.stage if action.kind == "SEND_F" else action.stage - 1]
 
-    return simulate(lists, seconds, transfer)
+    blocking = program.blocking_transfers
+    return simulate(lists, seconds, transfer, blocking_send_seconds=transfer if blocking else None)
 
 
 def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Durations:
@@ -127,11 +133,8 @@ def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Dura
 
     def of(kind: LayerKind, level: Recompute) -> tuple[LayerSeconds, float, float]:
         if (kind, level) not in known:
-            known[kind, level] = (
-                layer_seconds(inputs, decisions, kind, level, program),
-                tensor_parallel_seconds(inputs, decisions, kind, level, program),
-                parameters_per_rank(inputs.model, decisions.tensor_parallel, kind),
-            )
+            held = parameters_per_rank(inputs.model, decisions.tensor_parallel, kind)
+            known[kind, level] = (*timed_layer(inputs, decisions, kind, level, program), held)
         return known[kind, level]
 
     out = _Durations([], [], [], [], [], [], [0.0] * decisions.pipeline_parallel, [])
@@ -228,19 +231,34 @@ def _walk(schedule: str, p: int, v: int, m: int, flat: list[float], transfers: l
     return clocks
 
 
-def _rank_ends(decisions: Decisions, durations: _Durations) -> list[float]:
-    """When each rank ends its step; long runs of micro-batches by extrapolation from two short walks."""
+def _rank_ends(decisions: Decisions, durations: _Durations, blocking: bool) -> list[float]:
+    """When each rank ends its step; long runs of micro-batches by extrapolation from two short walks.
+
+    Where sends block, a pass that sends lasts as long as its message on top, which has then arrived.
+    """
     schedule, p, v, m = decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-    flat = [*durations.forward, *durations.backward, *durations.backward_input, *durations.backward_weight, *durations.reduce, *durations.optimizer]
     if p == 1:
         return [m * (durations.forward[0] + durations.backward[0]) + durations.reduce[0] + durations.optimizer[0]]
-    first = 2 * p + m % p
+    parts = [durations.forward, durations.backward, durations.backward_input, durations.backward_weight]
+    transfers = durations.transfer
+    if blocking:
+        owners = [stage.pipeline_rank for stage in decisions.stages]
+        hops = [transfers[i] if owners[i] != owners[i + 1] else 0.0 for i in range(len(owners) - 1)]
+        down, up = [*hops, 0.0], [0.0, *hops]
+        parts = [_sum(parts[0], down), _sum(parts[1], up), _sum(parts[2], up), parts[3]]
+        transfers = [0.0] * len(transfers)
+    flat = [*(value for part in parts for value in part), *durations.reduce, *durations.optimizer]
+    first = WARM_ROUNDS * p + m % p
     if m <= first + p:
-        return _walk(schedule, p, v, m, flat, durations.transfer)
-    short = _walk(schedule, p, v, first, flat, durations.transfer)
-    longer = _walk(schedule, p, v, first + p, flat, durations.transfer)
+        return _walk(schedule, p, v, m, flat, transfers)
+    short = _walk(schedule, p, v, first, flat, transfers)
+    longer = _walk(schedule, p, v, first + p, flat, transfers)
     rounds = (m - first) // p
     return [start + rounds * (end - start) for start, end in zip(short, longer, strict=True)]
+
+
+def _sum(left: list[float], right: list[float]) -> list[float]:
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _time(
