@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -17,8 +18,9 @@ from planner.plan import (
     Decisions,
     Inputs,
     Memory,
-    Plan,
     PipelineRankPrediction,
+    Plan,
+    SolverReport,
     Stage,
     Time,
     has_embedding,
@@ -26,6 +28,11 @@ from planner.plan import (
     recompute_counts,
     stage_blocks,
 )
+from planner.schedule import COMPUTE_KINDS
+from planner.timeline import Timeline, window
+
+if TYPE_CHECKING:
+    from planner.run import DryRun
 
 GIB = 2**30
 WIDEST = 220
@@ -266,3 +273,60 @@ def runners_up_table(plan: Plan) -> Table:
         (degrees(runner.decisions), seconds(runner.step_seconds), gib(runner.peak_bytes), runner.why_not) for runner in plan.solver.runners_up
     ]
     return table("Runners-up", ("plan", "step", "peak GiB", "why it lost"), rows, left=1)
+
+
+def solver_line(solver: SolverReport) -> str:
+    """How good the plan is proven to be, in one line."""
+    gap = "–" if solver.gap_fraction is None else f"{solver.gap_fraction:.2%}"
+    return (
+        f"  solver: {solver.name}, {solver.status}; objective {seconds(solver.objective_seconds)}, bound {seconds(solver.bound_seconds)}, gap {gap}; "
+        f"{solver.num_candidates:,} candidates, {solver.num_pruned:,} pruned by proof, {solver.wall_seconds:.2f} s"
+    )
+
+
+def timeline_view(timeline: Timeline, width: int = 110) -> str:
+    """The timeline drawn in characters: a row per rank, the micro-batch's last digit in each action's place."""
+    first, last = window(timeline)
+    scale = width / max(last - first, 1e-12)
+    lines = ["", "One digit per micro-batch; forward plain, backward underlined by a row of its own (b), weights (w), idle (.)"]
+    for rank in timeline.ranks:
+        numbers, kinds = ["."] * width, [" "] * width
+        for event in timeline.events:
+            if event.rank != rank or event.kind not in COMPUTE_KINDS:
+                continue
+            begin = round((event.start - first) * scale)
+            end = max(round((event.end - first) * scale), begin + 1)
+            for column in range(begin, min(end, width)):
+                numbers[column] = str(event.microbatch % 10)
+                kinds[column] = {"F": " ", "B": "b", "I": "b", "W": "w"}[event.kind]
+        lines.append(f"{rank:>4} {''.join(numbers)}")
+        lines.append(f"     {''.join(kinds)}".rstrip())
+    return "\n".join(lines)
+
+
+def dry_run_table(plan: Plan, document: DryRun) -> Table:
+    """Traced peaks beside the predictions."""
+    rows = []
+    for traced in document.pipeline_ranks:
+        predicted = plan.predictions.pipeline_ranks[traced.pipeline_rank].memory if plan.predictions.pipeline_ranks else None
+        memory = traced.memory
+        error = predicted.total_bytes / memory.total_bytes - 1 if predicted and memory.total_bytes else None
+        rows.append(
+            (
+                traced.pipeline_rank,
+                traced.rank,
+                gib(memory.weights_bytes),
+                gib(memory.gradients_bytes),
+                gib(memory.optimizer_bytes),
+                gib(memory.activations_bytes),
+                gib(memory.buffers_bytes),
+                gib(memory.total_bytes),
+                gib(predicted.total_bytes) if predicted else None,
+                percent(error),
+                seconds(traced.wall_seconds),
+            )
+        )
+    columns = (
+        "pipeline rank", "rank", "weights", "gradients", "optimizer", "activations", "buffers", "peak", "predicted peak", "prediction's error", "took",
+    )  # fmt: skip
+    return table("Dry run: the traced peak of one rank of each stage (GiB; Mi = MiB)", columns, rows)

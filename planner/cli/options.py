@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -198,3 +200,12 @@ def training_of(request: Request, model: ModelSpec, default_batch: int | None) -
 def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
     model = model_of(request)
     return Inputs(model=model, cluster=cluster_of(request), training=training_of(request, model, default_batch))
+
+
+def require_folder(output: str) -> None:
+    """Raises InputError before any work is done when the file could not be written at the end."""
+    folder = Path(output).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError("--output", output, "a file in an existing, writable folder is expected")
+    if Path(output).is_dir():
+        raise InputError("--output", output, "a file is expected, not a folder")

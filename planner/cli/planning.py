@@ -8,6 +8,7 @@ import click
 
 from planner import documents
 from planner.cli.options import (
+    NUMBER,
     Request,
     cluster_of,
     fixed_of,
@@ -16,9 +17,11 @@ from planner.cli.options import (
     model_of,
     request_of,
     request_options,
+    require_folder,
     training_of,
 )
 from planner.errors import InputError
+from planner.plan import Plan, load_plan
 
 
 def print_json(document: Any) -> None:
@@ -149,12 +152,111 @@ def _sweep(request: Request, gpus: str, as_json: bool) -> int:
 @click.command()
 @request_options
 @click.option("-o", "--output", type=click.Path(), help="Where to write the plan.")
-@click.option("--time-limit", type=float, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap.")
+@click.option("--time-limit", type=NUMBER, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap.")
 @json_option
 def solve(output: str | None, time_limit: float, as_json: bool, **options: Any) -> int:
     """The ILP: degrees, micro-batch, ZeRO, recompute, schedule and pipeline cuts; what is given is fixed."""
-    from planner.search import search
-
     request = request_of(options)
-    inputs_of(request)
-    raise NotImplementedError(search)
+    inputs = inputs_of(request)
+    if output is not None:
+        require_folder(output)
+    from planner.search import Constraints, search
+
+    plan = search(inputs, Constraints(fixed=fixed_of(request), time_limit=time_limit))
+    if output is not None:
+        documents.write_text(output, documents.dumps(plan))
+    if as_json:
+        print_json(plan)
+    else:
+        _show_plan(plan, short=True)
+        if output is not None:
+            click.echo(f"wrote {output}; next: plan show, plan simulate, plan dry-run, plan run or plan report {output}", err=True)
+    return 0
+
+
+def _show_plan(plan: Plan, *, short: bool) -> None:
+    from planner import tables
+    from planner.estimate import fits
+
+    inputs, decisions, predictions, solver = plan.inputs, plan.decisions, plan.predictions, plan.solver
+    ranks = predictions.pipeline_ranks
+    parts: list[Any] = [tables.verdict(inputs, decisions, predictions.memory, predictions.time, fits(predictions), ranks)]
+    parts.append(tables.solver_line(solver))
+    if ranks:
+        parts += ["", tables.stage_table(inputs, decisions, ranks)]
+    if solver.reasons:
+        parts.append(tables.notes("Why this plan", solver.reasons))
+    if solver.runners_up and not short:
+        parts += ["", tables.runners_up_table(plan)]
+    elif solver.runners_up:
+        parts.append(f"{len(solver.runners_up)} runners-up, and why they lost: plan show")
+    click.echo(tables.show(*parts), nl=False)
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@json_option
+def show(plan_file: str, as_json: bool) -> int:
+    """A plan as tables; the runners-up and why they lost."""
+    plan = load_plan(plan_file, "PLAN")
+    if as_json:
+        print_json(plan)
+    else:
+        _show_plan(plan, short=False)
+    return 0
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.option("--trace", type=click.Path(), help="Where to write the Chrome/Perfetto trace.")
+@json_option
+def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
+    """The schedule's timeline: bubble, busy and idle time per pipeline rank."""
+    from planner import tables
+    from planner.timeline import bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, exposed_communication_seconds, window
+    from planner.timing import predict_timeline
+
+    plan = load_plan(plan_file, "PLAN")
+    if trace is not None:
+        require_folder(trace)
+    timeline = predict_timeline(plan.inputs, plan.decisions)
+    fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)
+    first, last = window(timeline)
+    if trace is not None:
+        documents.write_text(trace, chrome_trace([timeline]), "--trace")
+    if as_json:
+        print_json(
+            {
+                "schema": "meshwright.simulation/1",
+                "schedule": plan.decisions.schedule,
+                "step_seconds": timeline.end,
+                "bubble_fraction": bubble_fraction(timeline),
+                "pipeline_ranks": [
+                    {
+                        "pipeline_rank": rank,
+                        "busy_seconds": busy[rank],
+                        "idle_seconds": last - first - busy[rank],
+                        "exposed_communication_seconds": exposed[rank],
+                        "bubble_fraction": fractions[rank],
+                    }
+                    for rank in timeline.ranks
+                ],
+            }
+        )
+        return 0
+    rows = [
+        (rank, tables.seconds(busy[rank]), tables.seconds(last - first - busy[rank]), tables.seconds(exposed[rank]), tables.percent(fractions[rank]))
+        for rank in timeline.ranks
+    ]
+    head = (
+        f"{plan.decisions.schedule}: {plan.decisions.num_microbatches} micro-batches on {plan.decisions.pipeline_parallel} pipeline ranks; "
+        f"step {tables.seconds(timeline.end)}, bubble {tables.percent(bubble_fraction(timeline))}"
+    )
+    columns = ("pipeline rank", "busy", "idle in the pipeline", "sends, receives, reductions", "bubble")
+    parts: list[Any] = [head, "", tables.table("The simulated step", columns, rows)]
+    if plan.decisions.num_microbatches <= 16 and plan.decisions.pipeline_parallel <= 16:
+        parts.append(tables.timeline_view(timeline))
+    click.echo(tables.show(*parts), nl=False)
+    if trace is not None:
+        click.echo(f"wrote {trace}: open it at ui.perfetto.dev or in chrome://tracing", err=True)
+    return 0

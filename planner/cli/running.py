@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from planner.cli.options import NUMBER, POSITIVE, json_option
+from planner.cli.options import NUMBER, POSITIVE, json_option, require_folder
 from planner.errors import InputError, MeshwrightError
 from planner.plan import load_plan
 
@@ -82,15 +82,6 @@ def run(plan_file: str, steps: int, data: str | None, output: str | None, **opti
         require_folder(output)
     arguments = _arguments(steps=steps, data=data, output=output, **options)
     return torchrun(plan_file, plan.decisions.world_size, arguments)
-
-
-def require_folder(output: str) -> None:
-    """Raises InputError before any work is done when the file could not be written at the end."""
-    folder = Path(output).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError("--output", output, "a file in an existing, writable folder is expected")
-    if Path(output).is_dir():
-        raise InputError("--output", output, "a file is expected, not a folder")
 
 
 @click.command("dry-run")

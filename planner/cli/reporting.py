@@ -1,0 +1,122 @@
+"""Commands that show and hand on: compare, report, export, validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planner import documents
+from planner.cli.options import NUMBER, json_option, require_folder
+from planner.cli.planning import print_json
+from planner.errors import InputError, ToleranceError
+from planner.plan import load_plan
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.argument("run_file", metavar="RUN", type=click.Path())
+@click.option("--dry-run", "dry_run_file", type=click.Path(), help="A dry-run document, to put beside the two.")
+@click.option("--tolerance", type=NUMBER, help="Largest allowed error as a fraction (0.1); exit status 4 beyond it.")
+@click.option("-o", "--output", type=click.Path(), help="Where to write the comparison document.")
+@json_option
+def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: float | None, output: str | None, as_json: bool) -> int:
+    """Predicted beside measured: memory by category and rank, bubble, step time."""
+    from planner import tables
+    from planner.compare import blame, compare
+    from planner.run import load_actions, load_dry_run, load_run
+
+    plan, run = load_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
+    if output is not None:
+        require_folder(output)
+    dry_run = load_dry_run(dry_run_file) if dry_run_file else None
+    document = compare(plan, run, dry_run, tolerance)
+    if output is not None:
+        documents.write_text(output, documents.dumps(document))
+    if as_json:
+        print_json(document)
+    else:
+        parts: list[Any] = tables.comparison_view(document, run)
+        reasons = blame(plan, run, load_actions(run_file, run))
+        click.echo(tables.show(*parts, tables.notes("Where the difference lies", reasons)), nl=False)
+    if document.within_tolerance is False:
+        raise ToleranceError(f"outside the tolerance of {tolerance:.0%}: {', '.join(tables.outside(document, tolerance or 0.0))}")
+    return 0
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.argument("run_file", metavar="[RUN]", type=click.Path(), required=False)
+@click.option("--dry-run", "dry_run_file", type=click.Path(), help="A dry-run document, to show beside the others.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="Where to write the page.")
+def report(plan_file: str, run_file: str | None, dry_run_file: str | None, output: str) -> int:
+    """One self-contained Plotly page: memory against capacity, the pipeline predicted and measured, losses."""
+    plan = load_plan(plan_file, "PLAN")
+    require_folder(output)
+    write_report(plan_file, run_file, dry_run_file, output, plan)
+    click.echo(f"wrote {output}", err=True)
+    return 0
+
+
+def write_report(plan_file: str, run_file: str | None, dry_run_file: str | None, output: str, plan: Any) -> None:
+    """The report of a plan, and of its run and dry run where there are any."""
+    from planner.report import report
+    from planner.run import load_actions, load_dry_run, load_run
+    from planner.timing import predict_timeline
+
+    run = load_run(run_file, "RUN") if run_file else None
+    dry_run = load_dry_run(dry_run_file) if dry_run_file else None
+    measured = load_actions(run_file, run) if run is not None and run_file is not None else None
+    page = report(plan, run, dry_run, simulated=predict_timeline(plan.inputs, plan.decisions), measured=measured)
+    documents.write_text(output, page)
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path())
+@click.option("--to", "target", required=True, help="megatron, torchtitan, deepspeed, nanotron, accelerate, torchrun, slurm or kubernetes.")
+@click.option("-o", "--output", type=click.Path(), help="A folder for the files. Default: print them.")
+def export(plan_file: str, target: str, output: str | None) -> int:
+    """The plan as another framework's configuration."""
+    from planner.export import export
+
+    plan = load_plan(plan_file, "PLAN")
+    files = export(plan, target)
+    if output is None:
+        for name, text in files.items():
+            if len(files) > 1:
+                click.echo(f"==> {name} <==")
+            click.echo(text, nl=False)
+        return 0
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError("--output", output, "a folder is expected")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        documents.write_text(folder / name, text)
+        click.echo(f"wrote {folder / name}", err=True)
+    return 0
+
+
+@click.command()
+@click.option("--rows", type=click.Path(), help="A file of rows as the published ones; one without `measured` gets a prediction only.")
+@click.option("--report", "report_file", type=click.Path(), help="Where to write a page with the scatter of predicted and measured.")
+@json_option
+def validate(rows: str | None, report_file: str | None, as_json: bool) -> int:
+    """Predictions against the published measurements that ship with the package, or against a file of such rows."""
+    from planner import tables
+    from planner.published import load_rows, validate
+
+    if report_file is not None:
+        require_folder(report_file)
+    document = validate(load_rows(rows))
+    if report_file is not None:
+        from planner.report import validation_report
+
+        documents.write_text(report_file, validation_report(document))
+        click.echo(f"wrote {report_file}", err=True)
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(tables.show(*tables.validation_view(document)), nl=False)
+    return 0
