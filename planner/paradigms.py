@@ -13,7 +13,8 @@ from planner.documents import Document
 from planner.errors import InputError
 from planner.estimate import fits, predict
 from planner.model import ModelSpec
-from planner.plan import Decisions, Inputs, Plan, Predictions, SolverReport, Training, check, digest, even_stages
+from planner.plan import Decisions, Inputs, Plan, Predictions, SolverReport, Training, check, digest, even_stages, replace
+from planner.run import Run
 
 SCHEMA = "meshwright.paradigms/1"
 
@@ -153,3 +154,15 @@ def as_plan(inputs: Inputs, decisions: Decisions, predictions: Predictions) -> P
         wall_seconds=0.0,
     )
     return Plan(inputs=inputs, inputs_hash=digest(inputs), decisions=decisions, predictions=predictions, solver=solver)
+
+
+def with_measurement(paradigm: Paradigm, run: Run) -> Paradigm:
+    """A paradigm with what its run measured."""
+    return replace(
+        paradigm,
+        measured_peak_bytes=run.summary.peak_bytes,
+        measured_bubble_fraction=run.summary.bubble_fraction,
+        measured_step_seconds=run.summary.step_seconds,
+        measured_communication_bytes={axis: max(rank.communication_bytes.get(axis, 0) for rank in run.ranks) for axis in ("tp", "dp", "pp")},
+        measured_losses=tuple(step.loss for step in run.steps),
+    )

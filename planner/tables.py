@@ -32,6 +32,7 @@ from planner.schedule import COMPUTE_KINDS
 from planner.timeline import Timeline, window
 
 if TYPE_CHECKING:
+    from planner.paradigms import Paradigms
     from planner.run import DryRun
 
 GIB = 2**30
@@ -330,3 +331,46 @@ def dry_run_table(plan: Plan, document: DryRun) -> Table:
         "pipeline rank", "rank", "weights", "gradients", "optimizer", "activations", "buffers", "peak", "predicted peak", "prediction's error", "took",
     )  # fmt: skip
     return table("Dry run: the traced peak of one rank of each stage (GiB; Mi = MiB)", columns, rows)
+
+
+def paradigms_view(document: Paradigms) -> list[RenderableType | str]:
+    """The paradigms side by side; measured figures beside the predicted ones where there are any."""
+    ran = any(paradigm.measured_step_seconds is not None for paradigm in document.paradigms)
+
+    def pair(predicted: str, measured: str) -> str:
+        return f"{predicted} / {measured}" if ran else predicted
+
+    rows: list[tuple[object, ...]] = []
+    missing = []
+    for paradigm in document.paradigms:
+        if paradigm.decisions is None:
+            missing.append(f"{paradigm.name}: {paradigm.why_not}")
+            continue
+        sent = [
+            pair(gib(paradigm.communication_bytes[axis]), gib(paradigm.measured_communication_bytes.get(axis)))
+            if paradigm.communication_bytes[axis] or paradigm.measured_communication_bytes.get(axis)
+            else None
+            for axis in ("tp", "dp", "pp")
+        ]
+        d = paradigm.decisions
+        rows.append(
+            (
+                paradigm.name,
+                paradigm.what_is_split,
+                paradigm.what_is_sent,
+                f"{d.tensor_parallel} x {d.pipeline_parallel} x {d.data_parallel}",
+                *sent,
+                pair(gib(paradigm.peak_bytes), gib(paradigm.measured_peak_bytes)),
+                pair(percent(paradigm.bubble_fraction), percent(paradigm.measured_bubble_fraction)),
+                pair(seconds(paradigm.step_seconds), seconds(paradigm.measured_step_seconds)),
+                "yes" if paradigm.fits else "no",
+            )
+        )
+    title = f"{document.model} on {document.world_size} ranks, {document.global_batch_size} samples of {document.sequence_length} tokens a step"
+    title += " (predicted / measured)" if ran else " (predicted)"
+    columns = ("paradigm", "splits", "sends", "TP x PP x DP", "TP GiB", "DP GiB", "PP GiB", "peak GiB", "bubble", "step", "fits")
+    parts: list[RenderableType | str] = [table(title, columns, rows, left=3)]
+    parts.append("GiB sent: per step by the rank that sends most along that axis, ring algorithms (Mi = MiB).")
+    if missing:
+        parts.append(notes("Not possible here", missing))
+    return parts

@@ -132,3 +132,138 @@ def calibrate(output: str, num_gpus: int | None, run_file: str | None, plan_file
     need_executor()
     require_folder(output)
     return start(["-m", "executor.calibrate", *_arguments(output=output, num_gpus=num_gpus, **{"from": run_file}, plan=plan_file)])
+
+
+@click.command()
+@click.option("--model", default="mini-gpt", show_default=True, help="A small preset, or any model that this machine can train.")
+@click.option("--steps", type=POSITIVE, default=8, show_default=True)
+@click.option("-o", "--output", type=click.Path(), default="runs/demo", show_default=True, help="A folder for what it makes.")
+def demo(model: str, steps: int, output: str) -> int:
+    """The main job on this machine's CPUs with 4 processes: calibrate, solve, dry run, run, compare, report."""
+    import time
+
+    need_executor()
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--output", output, f"a folder that can be made is expected ({error.strerror})") from None
+    begin = time.perf_counter()
+
+    def stage(number: int, text: str) -> None:
+        click.echo(f"[{number}/6, {time.perf_counter() - begin:4.0f} s] {text}", err=True)
+
+    cluster, plan_file, run_file = folder / "cluster.json", folder / "plan.json", folder / "run.json"
+    dry_file, page = folder / "dry_run.json", folder / "report.html"
+    stage(1, "measuring this machine")
+    run_command(["calibrate", "--output", str(cluster), "--num-gpus", "4"])
+    stage(2, "choosing a plan for 4 processes, two of them in a pipeline")
+    solve = ["solve", "--model", model, "--cluster", f"{cluster}:4", "--global-batch-size", "16", "--sequence-length", "256"]
+    run_command([*solve, "--precision", "fp32", "--pp", "2", "-o", str(plan_file)])
+    stage(3, "tracing the executor's memory on fake tensors")
+    run_command(["dry-run", str(plan_file), "-o", str(dry_file)])
+    stage(4, f"training {steps} steps with torchrun")
+    run_command(["run", str(plan_file), "--steps", str(steps), "-o", str(run_file)])
+    stage(5, "comparing")
+    run_command(["compare", str(plan_file), str(run_file), "--dry-run", str(dry_file)])
+    stage(6, "drawing the report")
+    run_command(["report", str(plan_file), str(run_file), "--dry-run", str(dry_file), "-o", str(page)])
+    click.echo(f"\nThe report: {page.resolve()}")
+    return 0
+
+
+def run_command(arguments: list[str]) -> None:
+    """Another command of this program, in this process; stops at the first that does not end with 0."""
+    from planner.cli import plan
+
+    status = plan.main(arguments, standalone_mode=False)
+    if status:
+        raise MeshwrightError(f"`plan {arguments[0]}` ended with status {status}")
+
+
+@click.command()
+@click.option("--model", required=True, help="A preset, an HF config.json, or package.module:callable.")
+@click.option("--world-size", type=POSITIVE, required=True, help="GPUs, or processes of this machine with --run.")
+@click.option("--cluster", default=None, help="A preset or cluster file. Default: cpu with --run, else a100-80gb.")
+@click.option("--global-batch-size", type=POSITIVE, help="Default: 4 samples per rank.")
+@click.option("--sequence-length", type=POSITIVE)
+@click.option("--micro-batch-size", type=POSITIVE, default=1, show_default=True)
+@click.option("--run", "really", is_flag=True, help="Run each of them on this machine, and measure.")
+@click.option("--steps", type=POSITIVE, default=4, show_default=True)
+@click.option("-o", "--output", type=click.Path(), help="Where to write a page with the table and the picture.")
+@json_option
+def paradigms(
+    model: str,
+    world_size: int,
+    cluster: str | None,
+    global_batch_size: int | None,
+    sequence_length: int | None,
+    micro_batch_size: int,
+    really: bool,
+    steps: int,
+    output: str | None,
+    as_json: bool,
+) -> int:
+    """Naive model parallel, data, pipeline, FSDP/ZeRO-3, tensor, 2D and 3D parallel side by side."""
+    from planner import tables
+    from planner.cli.planning import print_json
+    from planner.cluster import load_cluster
+    from planner.model import load_model
+    from planner.paradigms import paradigms
+    from planner.plan import Training
+
+    if output is not None:
+        require_folder(output)
+    if really:
+        need_executor()
+    spec = load_model(model)
+    hardware = load_cluster(cluster or ("cpu" if really else "a100-80gb"))
+    length = sequence_length or min(spec.max_sequence_length, 256 if really else 4096)
+    training = Training(
+        global_batch_size=global_batch_size or 4 * world_size * micro_batch_size,
+        sequence_length=length,
+        precision="fp32" if really else "mixed-bf16",
+    )
+    document = paradigms(spec, hardware, training, world_size, micro_batch_size)
+    if really:
+        document = _measure_paradigms(spec, hardware, training, document, steps)
+    if output is not None:
+        from planner.documents import write_text
+        from planner.report import paradigms_report
+
+        write_text(output, paradigms_report(document))
+        click.echo(f"wrote {output}", err=True)
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(tables.show(*tables.paradigms_view(document)), nl=False)
+    return 0
+
+
+def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, steps: int) -> Any:
+    """Runs every paradigm that has a plan, one after the other."""
+    import tempfile
+
+    from planner.cluster import with_num_gpus
+    from planner.documents import dumps, write_text
+    from planner.estimate import predict
+    from planner.paradigms import as_plan, with_measurement
+    from planner.plan import Inputs, replace
+    from planner.run import load_run
+
+    inputs = Inputs(model=model, cluster=with_num_gpus(cluster, document.world_size), training=training)
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, paradigm in enumerate(document.paradigms):
+            if paradigm.decisions is None:
+                measured.append(paradigm)
+                continue
+            click.echo(f"[{index + 1}/{len(document.paradigms)}] running {paradigm.name}", err=True)
+            plan_file, run_file = Path(folder) / f"plan{index}.json", Path(folder) / f"run{index}.json"
+            write_text(plan_file, dumps(as_plan(inputs, paradigm.decisions, predict(inputs, paradigm.decisions))))
+            status = torchrun(str(plan_file), document.world_size, ["--steps", str(steps), "--output", str(run_file)])
+            if status:
+                measured.append(replace(paradigm, why_not=f"the run ended with status {status}"))
+                continue
+            measured.append(with_measurement(paradigm, load_run(run_file)))
+    return replace(document, paradigms=tuple(measured))
