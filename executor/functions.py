@@ -1,0 +1,320 @@
+"""The layers' arithmetic: autograd functions on plain tensors, with tensor and sequence parallelism inside them.
+
+Activations are [tokens, hidden] with tokens = micro-batch x sequence, batch first. Under sequence parallelism a rank holds
+consecutive rows of it, tokens / t of them, between the tensor-parallel regions (Korthikanti et al. 2022, section 4.2.2).
+
+Weights are not inputs of the functions: each function looks them up in its unit, in the forward and again in the backward
+pass (where ZeRO-3 has gathered them anew), and adds weight gradients straight into the unit's buffer. With a split
+backward (`State.deferred` is a list) the weight gradients become closures in that list and run in the W action.
+
+What each function saves for the backward pass is in its docstring, per token and in elements of the compute type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from executor.mesh import Axis
+from executor.units import Unit
+
+HEAD_CHUNK_ELEMENTS = 1 << 22
+"""Logits that the loss handles at a time in fp32 (16 MiB)."""
+
+
+@dataclass(slots=True)
+class State:
+    """What all layers of a rank share."""
+
+    tp: Axis
+    sequence_parallel: bool
+    norm: str
+    epsilon: float
+    activation: str
+    gated: bool
+    deferred: list[Callable[[], None]] | None = None
+    """Weight gradients that the running I action has put off, or None to compute them at once."""
+    loss_sum: torch.Tensor | None = None
+    """Sum of the losses of all tokens of the step so far, on this rank's last stage."""
+    loss_scale: float = 1.0
+    """1 / tokens of the global batch: the gradient of the mean loss with respect to one token's."""
+
+    def weight_gradient(self, compute: Callable[[], None]) -> None:
+        """Runs `compute` now, or keeps it for the W action."""
+        if self.deferred is None:
+            compute()
+        else:
+            self.deferred.append(compute)
+
+
+# norms
+
+
+def norm_forward(state: State, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The norm's output, and its fp32 statistics per row: (mean, reciprocal deviation), or only the latter for RMSNorm."""
+    if state.norm == "layernorm":
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gain, bias, state.epsilon)
+        return y, mean, rstd
+    if x.is_cuda:
+        y, rstd = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, state.epsilon)
+        return y, rstd
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = length.square_().div_(x.shape[-1]).add_(state.epsilon).rsqrt_()
+    return (x * rstd).to(x.dtype).mul_(gain), rstd
+
+
+def norm_again(state: State, x: torch.Tensor, statistics: tuple[torch.Tensor, ...], gain: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The norm's output once more."""
+    if state.norm == "rmsnorm" and not x.is_cuda:
+        return (x * statistics[0]).to(x.dtype).mul_(gain)
+    return norm_forward(state, x, gain, bias)[0]
+
+
+def norm_backward(
+    state: State, dy: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...], gain: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of the input, the gain and the bias."""
+    shape = [x.shape[-1]]
+    if state.norm == "layernorm":
+        assert bias is not None
+        mean, rstd = statistics
+        dx, dgain, dbias = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, gain, bias, [True, True, True])
+        return dx, dgain, dbias
+    (rstd,) = statistics
+    if x.is_cuda:
+        dx, dgain = torch.ops.aten._fused_rms_norm_backward(dy, x, shape, rstd, gain, [True, True])
+        return dx, dgain, None
+    normed = x * rstd
+    dgain = (dy * normed).sum(0)
+    scaled = dy * gain
+    projection = (normed * scaled).mean(-1, keepdim=True)
+    dx = normed.mul_(projection).neg_().add_(scaled).mul_(rstd)
+    return dx.to(x.dtype), dgain, None
+
+
+def norm_weight_gradient(state: State, unit: Unit, key: str, dgain: torch.Tensor, dbias: torch.Tensor | None) -> None:
+    def add() -> None:
+        unit.gradient(f"{key}.gain").add_(dgain)
+        if dbias is not None:
+            unit.gradient(f"{key}.bias").add_(dbias)
+
+    state.weight_gradient(add)
+
+
+# activation functions
+
+
+def activation_forward(state: State, u: torch.Tensor) -> torch.Tensor:
+    """act(u), or act(gate) · up where u = [gate, up] along the last dim."""
+    if state.gated:
+        gate, up = u.chunk(2, -1)
+        return (F.silu(gate) if state.activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
+    return F.gelu(u, approximate="tanh") if state.activation == "gelu" else F.relu(u)
+
+
+def activation_backward(state: State, da: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The gradient of u."""
+    aten = torch.ops.aten
+    if state.gated:
+        gate, up = u.chunk(2, -1)
+        du = torch.empty_like(u)
+        dgate, dup = du.chunk(2, -1)
+        silu = state.activation == "silu"
+        torch.mul(da, F.silu(gate) if silu else F.gelu(gate, approximate="tanh"), out=dup)
+        da = da * up
+        dgate.copy_(aten.silu_backward(da, gate) if silu else aten.gelu_backward(da, gate, approximate="tanh"))
+        return du
+    if state.activation == "gelu":
+        gradient: torch.Tensor = aten.gelu_backward(da, u, approximate="tanh")
+        return gradient
+    return da * (u > 0)
+
+
+# tensor parallelism
+
+
+def gather_tokens(state: State, x: torch.Tensor) -> torch.Tensor:
+    """All tokens from each rank's rows, under sequence parallelism."""
+    if not state.sequence_parallel:
+        return x
+    whole = x.new_empty((x.shape[0] * state.tp.size, *x.shape[1:]))
+    state.tp.all_gather(whole, x.contiguous())
+    return whole
+
+
+def sum_partials(state: State, x: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's partial result: whole, or this rank's rows under sequence parallelism."""
+    if not state.sequence_parallel:
+        state.tp.all_reduce(x)
+        return x
+    rows = x.new_empty((x.shape[0] // state.tp.size, *x.shape[1:]))
+    state.tp.reduce_scatter(rows, x)
+    return rows
+
+
+class NormLinear(torch.autograd.Function):
+    """norm, then a column-parallel linear: y = norm(x) W^T + b; with `rope`, then rotary positions on query and key.
+
+    Saves x (h), the norm's statistics, and norm(x) (h) unless `lean`, which computes it again. Under sequence parallelism x and norm(x) are this
+    rank's rows; norm(x) is gathered again for the weight gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, state: State, unit: Unit, norm: str, linear: str, lean: bool, rope: Rope | None) -> torch.Tensor:
+        w = unit.w
+        normed, *statistics = norm_forward(state, x, w[f"{norm}.gain"], w.get(f"{norm}.bias"))
+        ctx.state, ctx.unit, ctx.norm, ctx.linear, ctx.lean, ctx.rope = state, unit, norm, linear, lean, rope
+        ctx.save_for_backward(x, *statistics, *(() if lean else (normed,)))
+        whole = gather_tokens(state, normed)
+        y = linear_forward(whole, w[f"{linear}.weight"], w.get(f"{linear}.bias"))
+        if rope is not None:
+            rope.rotate_(y, 1.0)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        state, unit, norm, linear = ctx.state, ctx.unit, ctx.norm, ctx.linear
+        w = unit.w
+        x, *statistics = ctx.saved_tensors
+        normed = None if ctx.lean else statistics.pop()
+        statistics = tuple(statistics)
+        gain, bias = w[f"{norm}.gain"], w.get(f"{norm}.bias")
+        if ctx.rope is not None:
+            ctx.rope.rotate_(dy, -1.0)
+        dwhole = dy @ w[f"{linear}.weight"]
+        if state.sequence_parallel:
+            dnormed = dwhole.new_empty(x.shape)
+            work = state.tp.reduce_scatter(dnormed, dwhole, wait=False)
+        else:
+            dnormed = dwhole
+            work = state.tp.all_reduce(dnormed, wait=False)
+
+        def add() -> None:
+            again = norm_again(state, x, statistics, unit.w[f"{norm}.gain"], unit.w.get(f"{norm}.bias")) if normed is None else normed
+            linear_weight_gradient(unit, linear, dy, gather_tokens(state, again))
+
+        state.weight_gradient(add)
+        work.wait()
+        del dwhole
+        dx, dgain, dbias = norm_backward(state, dnormed, x, statistics, gain, bias)
+        norm_weight_gradient(state, unit, norm, dgain, dbias)
+        return dx, None, None, None, None, None, None
+
+
+class RowLinear(torch.autograd.Function):
+    """A row-parallel linear, the sum over ranks, its bias and the residual: y = Σ a W^T + b + residual.
+
+    Saves a (the rank's part of the inner size). With `activate`, a = act(u): saves u, and a unless `lean`, which computes it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: torch.Tensor, residual: torch.Tensor | None, state: State, unit: Unit, linear: str, activate: bool, lean: bool
+    ) -> torch.Tensor:
+        w = unit.w
+        a = activation_forward(state, u) if activate else u
+        ctx.state, ctx.unit, ctx.linear, ctx.activate, ctx.lean = state, unit, linear, activate, lean
+        ctx.save_for_backward(u, *((a,) if activate and not lean else ()))
+        y = sum_partials(state, a @ w[f"{linear}.weight"].t())
+        del a
+        if residual is not None:
+            y.add_(residual)
+        bias = w.get(f"{linear}.bias")
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        state, unit, linear = ctx.state, ctx.unit, ctx.linear
+        w = unit.w
+        u, *rest = ctx.saved_tensors
+        dwhole = gather_tokens(state, dy)
+        da = dwhole @ w[f"{linear}.weight"]
+        activate = ctx.activate
+        a = rest[0] if rest else None if activate else u
+        dbias = dy.sum(0) if f"{linear}.bias" in unit.keys else None
+
+        def add() -> None:
+            again = activation_forward(state, u) if a is None else a
+            unit.gradient(f"{linear}.weight").addmm_(dwhole.t(), again)
+            if dbias is not None:
+                unit.gradient(f"{linear}.bias").add_(dbias)
+
+        state.weight_gradient(add)
+        du = activation_backward(state, da, u) if activate else da
+        return du, dy if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def linear_weight_gradient(unit: Unit, linear: str, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds dy^T x to the weight's gradient in place, and the sum of dy to the bias's."""
+    unit.gradient(f"{linear}.weight").addmm_(dy.t(), x)
+    if f"{linear}.bias" in unit.keys:
+        unit.gradient(f"{linear}.bias").add_(dy.sum(0))
+
+
+# positions and attention
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves rotated against each other as in Llama."""
+
+    cosine: torch.Tensor
+    """[sequence, 1, head_dim / 2] in fp32 (as `sine`)."""
+    sine: torch.Tensor
+    num_heads: int
+    """Query and key heads of this rank, which come first in a row."""
+    head_dim: int
+
+    def rotate_(self, rows: torch.Tensor, direction: float) -> None:
+        """Rotates the query and key heads of `rows` [tokens, ...] in place."""
+        length = self.cosine.shape[0]
+        heads = rows[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim)).unflatten(0, (-1, length))
+        first, second = heads.chunk(2, -1)
+        cosine, sine = self.cosine.to(rows.dtype), (self.sine * direction).to(rows.dtype)
+        kept = first.clone()
+        first.mul_(cosine).addcmul_(second, sine, value=-1.0)
+        second.mul_(cosine).addcmul_(kept, sine)
+
+
+def make_rope(length: int, num_heads: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    """The tables for positions 0..length-1."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
+    return Rope(angles.cos(), angles.sin(), num_heads, head_dim)
+
+
+class SplitHeads(torch.autograd.Function):
+    """Query, key and value as views [batch, sequence, heads, head_dim] of one [tokens, ...] tensor. Saves nothing; the backward pass writes the
+    three gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, batch: int, heads: tuple[int, int, int], head_dim: int) -> tuple[torch.Tensor, ...]:
+        ctx.shape = qkv.shape
+        ctx.set_materialize_grads(False)
+        length = qkv.shape[0] // batch
+        parts = qkv.split([count * head_dim for count in heads], 1)
+        return tuple(part.view(batch, length, count, head_dim) for part, count in zip(parts, heads, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens = ctx.shape[0]
+        return torch.cat([gradient.reshape(tokens, -1) for gradient in gradients], 1), None, None, None
+
+
+def attention(qkv: torch.Tensor, batch: int, heads: tuple[int, int, int], head_dim: int) -> torch.Tensor:
+    """Causal attention of [tokens, (a + 2k)·d] to [tokens, a·d]. Saves qkv, the output, and one fp32 per token and head."""
+    q, k, v = (part.transpose(1, 2) for part in SplitHeads.apply(qkv, batch, heads, head_dim))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1])
+    return out.transpose(1, 2).reshape(qkv.shape[0], heads[0] * head_dim)

@@ -1,0 +1,258 @@
+"""The command line of a rank, and the run document that rank 0 writes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from executor.data import Data, open_tokens
+from executor.measure import Record, StorageTracker, environment, peak_rss_bytes
+from executor.mesh import Mesh, coordinates_of, make_mesh
+from executor.model import check_model
+from executor.optimizer import OptimizerOptions
+from executor.train import RunOptions, StepFigures, Trainer, progress_line, stderr_progress, train
+from planner.documents import dumps, write_text
+from planner.errors import InputError, MeshwrightError
+from planner.plan import Plan, load_plan, plan_hash
+from planner.run import Coordinates, Run, RunRank, Step, Summary
+from planner.timeline import Event, Timeline, bubble_fraction, bubble_fractions, busy_seconds
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The options, checked as far as they can be without the plan."""
+    parser = argparse.ArgumentParser(prog="python -m executor", description="Runs a plan. Start it with torchrun, one process per rank.")
+    parser.add_argument("plan", help="a plan document")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps (default 10)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where rank 0 writes the run document")
+    parser.add_argument("--data", metavar="FILE", help='text, a token .bin, or "synthetic" (default: a text that ships with the package)')
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the data (default 0)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, metavar="RATE")
+    parser.add_argument("--min-learning-rate", type=float, default=0.0, metavar="RATE", help="where the cosine ends")
+    parser.add_argument("--warmup-steps", type=int, default=0, metavar="N")
+    parser.add_argument("--decay-steps", type=int, default=0, metavar="N", help="length of the cosine; 0: constant rate")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--clip-norm", type=float, default=1.0, help="global gradient norm to clip to; 0: no clipping")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a collective (default 600)")
+    options = parser.parse_args(argv)
+    for name, low, high in (("steps", 1, 10**9), ("seed", 0, 2**40), ("warmup_steps", 0, 10**9), ("decay_steps", 0, 10**9)):
+        if not low <= getattr(options, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), f"{low} to {high} is expected")
+    for name, below in (("learning_rate", 1e6), ("min_learning_rate", 1e6), ("weight_decay", 1e6), ("clip_norm", 1e12), ("dropout", 1.0)):
+        if not 0 <= getattr(options, name) < below:
+            raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), f"a number from 0 to below {below:g} is expected")
+    if options.timeout <= 0:
+        raise InputError("--timeout", options.timeout, "a positive number of seconds is expected")
+    return options
+
+
+def choose_device(name: str) -> torch.device:
+    """CUDA where there is a GPU for this process, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", "cuda", "no CUDA device is available")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def start_process_group(plan: Plan, device: torch.device, timeout_seconds: float) -> int:
+    """Joins the other ranks as torchrun's environment says. Returns this process's rank."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = plan.decisions.world_size
+    if world != wanted:
+        sizes = plan.decisions
+        detail = f"data {sizes.data_parallel} x tensor {sizes.tensor_parallel} x pipeline {sizes.pipeline_parallel}"
+        raise InputError("world size", world, f"the plan needs {wanted} processes ({detail}): torchrun --nproc-per-node {wanted}")
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return dist.get_rank()
+
+
+def main(argv: list[str]) -> int:
+    """Runs a rank. Returns its exit status; what went wrong is one line on stderr, from the first rank only where all see it."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        options = arguments(argv)
+        plan = load_plan(options.plan)
+        check_model(plan.inputs.model, options.plan)
+        run(plan, options)
+    except MeshwrightError as error:
+        if rank == 0:
+            stderr_progress(f"error: {error}")
+        return error.exit_status
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(plan: Plan, options: argparse.Namespace) -> None:
+    """Trains, and writes the run document on rank 0."""
+    device = choose_device(options.device)
+    training, decisions = plan.inputs.training, plan.decisions
+    tokens = open_tokens(options.data, plan.inputs.model.vocab_size)
+    data = Data(tokens, plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        raise InputError("--output", options.output, "a file in an existing folder is expected")
+    rank = start_process_group(plan, device, options.timeout)
+    copies = max(1, decisions.tensor_parallel // plan.inputs.model.num_key_value_heads)
+    mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
+    run_options = RunOptions(
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        min_learning_rate=options.min_learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=options.decay_steps,
+        clip_norm=options.clip_norm,
+        dropout=options.dropout,
+        optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
+    )
+    trainer = Trainer(plan, mesh, run_options, device)
+    num_tokens = training.global_batch_size * training.sequence_length
+
+    def on_step(figures: StepFigures) -> None:
+        if rank == 0:
+            stderr_progress(progress_line(figures.step, options.steps, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
+
+    figures, tracker, sent = train(trainer, data, options.steps, on_step)
+    document = collect(plan, mesh, trainer.recorder.records(), tracker, sent, figures, device, options.output, rehearsed=False)
+    if document is not None and options.output:
+        run_document, timeline = document
+        write_text(actions_path(options.output), compact(timeline))
+        write_text(options.output, dumps(run_document))
+    if mesh.world_size > 1:
+        dist.barrier()
+
+
+def actions_path(output: str) -> str:
+    """Where the timeline of the run document `output` goes."""
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}.actions.json"))
+
+
+def compact(timeline: Timeline) -> str:
+    """A timeline as JSON on one line."""
+    import msgspec
+
+    return msgspec.json.encode(timeline).decode() + "\n"
+
+
+def collect(
+    plan: Plan,
+    mesh: Mesh,
+    records: list[Record],
+    tracker: StorageTracker,
+    sent: dict[str, int],
+    figures: list[StepFigures],
+    device: torch.device,
+    output: str | None,
+    *,
+    rehearsed: bool,
+) -> tuple[Run, Timeline] | None:
+    """The run document and the last step's timeline on rank 0, from what every rank measured; None on the others."""
+    own = {
+        "records": [tuple(record) for record in records],
+        "memory": tracker.memory(),
+        "rss": peak_rss_bytes(),
+        "sent": sent,
+        "clock": _clock_offset(device),
+        **_cuda_figures(device),
+    }
+    gathered: list[Any] = [None] * mesh.world_size
+    if mesh.world_size > 1:
+        dist.gather_object(own, gathered if mesh.rank == 0 else None)
+    else:
+        gathered = [own]
+    if mesh.rank:
+        return None
+    timeline = _timeline(gathered, "rehearsed" if rehearsed else "measured")
+    bubbles, busy = bubble_fractions(timeline), busy_seconds(timeline)
+    actions_file = Path(actions_path(output)).name if output else None
+    ranks = tuple(
+        RunRank(
+            rank=rank,
+            coordinates=Coordinates(**coordinates_of(rank, plan.decisions)),
+            memory=item["memory"],
+            bubble_fraction=bubbles[rank],
+            busy_seconds=busy[rank],
+            actions_file=actions_file,
+            rss_bytes=item["rss"],
+            allocated_bytes=item.get("allocated"),
+            reserved_bytes=item.get("reserved"),
+            device_used_bytes=item.get("device_used"),
+            communication_bytes=dict(item["sent"]),
+        )
+        for rank, item in enumerate(gathered)
+    )
+    num_tokens = plan.inputs.training.global_batch_size * plan.inputs.training.sequence_length
+    steps = tuple(
+        Step(
+            step=item.step,
+            loss=item.loss,
+            seconds=item.seconds,
+            num_tokens=num_tokens,
+            gradient_norm=item.gradient_norm,
+            learning_rate=item.learning_rate,
+        )
+        for item in figures
+    )
+    timed = [item.seconds for item in figures[1:]] or [figures[0].seconds]
+    seconds = statistics.median(timed)
+    summary = Summary(
+        step_seconds=seconds,
+        bubble_fraction=bubble_fraction(timeline),
+        peak_bytes=max(item.memory.total_bytes for item in ranks),
+        tokens_per_second=num_tokens / seconds,
+    )
+    where = environment(device, mesh.world_size)
+    return Run(plan_hash=plan_hash(plan), rehearsed=rehearsed, environment=where, steps=steps, ranks=ranks, summary=summary), timeline
+
+
+def _clock_offset(device: torch.device) -> tuple[str, int]:
+    """This host's name and its monotonic clock at a moment that is nearly the same on all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+    return socket.gethostname(), time.perf_counter_ns()
+
+
+def _cuda_figures(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "device_used": total - free,
+    }
+
+
+def _timeline(gathered: list[dict[str, Any]], source: str) -> Timeline:
+    """All ranks' records on one clock, in seconds from the first action. Hosts' clocks are aligned at a common barrier."""
+    host, origin = gathered[0]["clock"]
+    shifts = [0 if item["clock"][0] == host else origin - item["clock"][1] for item in gathered]
+    rows = [
+        (rank, kind, stage, microbatch, start + shift, end + shift)
+        for rank, (item, shift) in enumerate(zip(gathered, shifts, strict=True))
+        for kind, stage, microbatch, start, end in item["records"]
+    ]
+    first = min(row[4] for row in rows)
+    events = tuple(
+        Event(rank, kind, stage, microbatch, (start - first) / 1e9, (end - first) / 1e9) for rank, kind, stage, microbatch, start, end in rows
+    )
+    return Timeline(source=source, events=events)

@@ -1,0 +1,219 @@
+"""Runs a rank's action list: the list that the planner simulated, on real processes.
+
+A receive waits right before the compute that needs it; a send starts right after the compute that made it and is let go
+when it has arrived. Only the micro-batches in flight hold memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from executor.functions import State
+from executor.measure import Recorder
+from executor.mesh import Axis, Mesh
+from executor.model import StageModel
+from planner.schedule import Actions
+
+
+class Compute(Protocol):
+    """What the compute actions do."""
+
+    def forward(self, stage: int, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
+        """The stage's output for the next stage, None from the last."""
+
+    def backward(self, stage: int, microbatch: int, gradient: torch.Tensor | None, split: bool) -> torch.Tensor | None:
+        """The gradient of the stage's input, None from the first. With `split`, weight gradients are put off."""
+
+    def weights(self, stage: int, microbatch: int) -> None:
+        """The weight gradients that were put off."""
+
+    def reduce(self, stage: int) -> None:
+        """The stage's gradients over the data-parallel ranks."""
+
+    def optimizer(self) -> None:
+        """The optimizer's step."""
+
+
+class StageCompute:
+    """The real thing: the stages' forward and backward passes."""
+
+    def __init__(
+        self, stages: dict[int, StageModel], last_stage: int, state: State, device: torch.device, optimizer: Callable[[], None]
+    ) -> None:
+        self.stages = stages
+        self.last_stage = last_stage
+        self.state = state
+        self.device = device
+        self.run_optimizer = optimizer
+        self.tokens: torch.Tensor | None = None
+        """[micro-batches, tokens] of this step, where this rank has the first stage; `targets` where it has the last."""
+        self.targets: torch.Tensor | None = None
+        self._saved: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+        self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
+
+    def forward(self, stage: int, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
+        model = self.stages[stage]
+        tokens = self.tokens[microbatch] if model.has_embedding and self.tokens is not None else None
+        targets = self.targets[microbatch] if model.has_head and self.targets is not None else None
+        root = torch.zeros((), device=self.device, requires_grad=True) if x is None else x.requires_grad_()
+        out = model.forward(root, tokens, targets, self.state)
+        self._saved[stage, microbatch] = (root, torch.autograd.graph.get_gradient_edge(out))
+        return out.detach() if stage < self.last_stage else None
+
+    def backward(self, stage: int, microbatch: int, gradient: torch.Tensor | None, split: bool) -> torch.Tensor | None:
+        root, edge = self._saved.pop((stage, microbatch))
+        if split:
+            self.state.deferred = self._deferred[stage, microbatch] = []
+        torch.autograd.backward((edge,), (gradient if gradient is not None else torch.ones((), device=self.device),))
+        self.state.deferred = None
+        return root.grad if stage > 0 else None
+
+    def weights(self, stage: int, microbatch: int) -> None:
+        work = deque(self._deferred.pop((stage, microbatch)))
+        while work:
+            work.popleft()()
+
+    def reduce(self, stage: int) -> None:
+        for unit in self.stages[stage].units:
+            unit.reduce()
+
+    def optimizer(self) -> None:
+        self.run_optimizer()
+
+
+class SleepCompute:
+    """A rehearsal: each action takes its predicted time and sends messages of the real size."""
+
+    def __init__(
+        self, seconds: Callable[[str, int], float], last_stage: int, rows: tuple[int, int], dtype: torch.dtype, reduce: Callable[[int], None]
+    ) -> None:
+        self.seconds = seconds
+        self.last_stage = last_stage
+        self.rows = rows
+        self.dtype = dtype
+        self.run_reduce = reduce
+
+    def _act(self, kind: str, stage: int) -> None:
+        until = time.perf_counter() + self.seconds(kind, stage)
+        while (rest := until - time.perf_counter()) > 0:
+            time.sleep(rest)
+
+    def forward(self, stage: int, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
+        self._act("F", stage)
+        return torch.zeros(self.rows, dtype=self.dtype) if stage < self.last_stage else None
+
+    def backward(self, stage: int, microbatch: int, gradient: torch.Tensor | None, split: bool) -> torch.Tensor | None:
+        self._act("I" if split else "B", stage)
+        return torch.zeros(self.rows, dtype=self.dtype) if stage > 0 else None
+
+    def weights(self, stage: int, microbatch: int) -> None:
+        self._act("W", stage)
+
+    def reduce(self, stage: int) -> None:
+        self.run_reduce(stage)
+
+    def optimizer(self) -> None:
+        self._act("OPTIMIZER", -1)
+
+
+class Pipeline:
+    """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i."""
+
+    def __init__(
+        self,
+        actions: Actions,
+        stage_ranks: tuple[int, ...],
+        mesh: Mesh,
+        rows: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        recorder: Recorder,
+    ) -> None:
+        self.actions = actions
+        self.stage_ranks = stage_ranks
+        self.mesh = mesh
+        self.rows = rows
+        self.dtype = dtype
+        self.device = device
+        self.recorder = recorder
+        self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._sends: list[tuple[Any, torch.Tensor]] = []
+
+    def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:
+        """All actions in order. `around(kind)` is a context for each, used to categorise memory."""
+        recorder, now = self.recorder, self.recorder.now
+        for action in self.actions:
+            kind, stage, microbatch = action
+            start = now()
+            if around is None:
+                self._do(compute, kind, stage, microbatch)
+            else:
+                with around(kind):
+                    self._do(compute, kind, stage, microbatch)
+            recorder.add(kind, stage, microbatch, start, now())
+            if self._sends:
+                self._sends = [item for item in self._sends if not item[0].is_completed()]
+        for work, _ in self._sends:
+            work.wait()
+        self._sends = []
+
+    def _do(self, compute: Compute, kind: str, stage: int, microbatch: int) -> None:
+        if kind == "F":
+            out = compute.forward(stage, microbatch, self._inbox.pop(("F", stage, microbatch), None))
+            self._hand_on("F", stage + 1, stage, microbatch, out)
+        elif kind in "BI":
+            gradient = self._inbox.pop(("B", stage, microbatch), None)
+            out = compute.backward(stage, microbatch, gradient, kind == "I")
+            del gradient
+            self._hand_on("B", stage - 1, stage, microbatch, out)
+        elif kind == "W":
+            compute.weights(stage, microbatch)
+        elif kind == "RECV_F":
+            self._receive("F", stage - 1, stage, microbatch)
+        elif kind == "RECV_B":
+            self._receive("B", stage + 1, stage, microbatch)
+        elif kind == "SEND_F":
+            self._send("F", stage + 1, stage, microbatch)
+        elif kind == "SEND_B":
+            self._send("B", stage - 1, stage, microbatch)
+        elif kind == "REDUCE":
+            compute.reduce(stage)
+        else:
+            compute.optimizer()
+
+    def _hand_on(self, direction: str, to: int, stage: int, microbatch: int, out: torch.Tensor | None) -> None:
+        """Keeps an output for its send, or gives it to the neighbouring stage when that is on this rank."""
+        if out is None:
+            return
+        if self.stage_ranks[to] == self.mesh.pp.index:
+            self._inbox[direction, to, microbatch] = out
+        else:
+            self._outbox[direction, stage, microbatch] = out
+
+    def _axis(self, direction: str) -> Axis:
+        return self.mesh.pp if direction == "F" else self.mesh.pp_backward
+
+    def _tag(self, direction: str, to: int, microbatch: int) -> int:
+        return 2 * (microbatch * len(self.stage_ranks) + to) + (direction == "B")
+
+    def _send(self, direction: str, to: int, stage: int, microbatch: int) -> None:
+        tensor = self._outbox.pop((direction, stage, microbatch)).contiguous()
+        axis = self._axis(direction)
+        axis.sent_bytes["pp"] += tensor.nbytes
+        work = dist.isend(tensor, axis.ranks[self.stage_ranks[to]], group=axis.group, tag=self._tag(direction, to, microbatch))
+        self._sends.append((work, tensor))
+
+    def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
+        tensor = torch.empty(self.rows, dtype=self.dtype, device=self.device)
+        axis = self._axis(direction)
+        work = dist.irecv(tensor, axis.ranks[self.stage_ranks[source]], group=axis.group, tag=self._tag(direction, stage, microbatch))
+        if work is not None:
+            work.wait()
+        self._inbox[direction, stage, microbatch] = tensor
