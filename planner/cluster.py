@@ -62,6 +62,8 @@ class Efficiency(Document, kw_only=True):
     """Of peak FLOP/s, by the backward pass of fused attention."""
     matmul_depth_overhead: float = 0.0
     """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
+    matmul_misaligned: float = 1.0
+    """Factor on the time of a matrix product whose sizes are no multiples of 16 bytes, where a GPU has tensor cores."""
     kernel_seconds: float = 0.0
     """Least time of a kernel: its launch and its ramp."""
     time_scale: float = 1.0

@@ -30,7 +30,8 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
 
     Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, times (depth + d0)/depth for the
     prologue and epilogue of each tile (d0 = `efficiency.matmul_depth_overhead`), times the idle share of the last wave
-    of tiles over the multiprocessors. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
+    of tiles over the multiprocessors. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication
+    guide); others cost `efficiency.matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
     """
     if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
         return 0.0
@@ -39,9 +40,10 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     traffic = batch * size * (rows * depth + depth * columns + rows * columns) / (gpu.memory_bandwidth_bytes_per_second * efficiency.memory)
     arithmetic = 2.0 * rows * columns * depth * batch / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
     arithmetic *= (depth + efficiency.matmul_depth_overhead) / depth
-    units = gpu.num_multiprocessors
-    if units:
-        arithmetic *= _wave_factor(rows, columns, batch, units)
+    if gpu.num_multiprocessors:
+        arithmetic *= _wave_factor(rows, columns, batch, gpu.num_multiprocessors)
+        if depth % 8 or columns % 8:
+            arithmetic *= efficiency.matmul_misaligned
     return max(arithmetic, traffic) + efficiency.kernel_seconds
 
 

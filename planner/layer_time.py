@@ -229,7 +229,7 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     if decisions.zero_stage == 0:
         reduction, gathers, exposed_gather = all_reduce_seconds(whole, gradient_bytes), 0.0, 0.0
     elif decisions.zero_stage < 3:
-        reduction = reduce_scatter_seconds(shard, gradient_bytes) + across
+        reduction = (all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds)(shard, gradient_bytes) + across
         gathers, exposed_gather = 0.0, all_gather_seconds(shard, weight_bytes)
     else:
         reduction = reduce_scatter_seconds(shard, gradient_bytes) + across

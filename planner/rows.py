@@ -291,7 +291,9 @@ class _Reader:
         for pattern, name in PROGRAMS:
             if re.search(pattern, self.text):
                 return name
-        return {2021: "megatron-2021", 2022: "megatron-2022"}.get(self.year, "megatron-2020" if self.year <= 2020 else "megatron")
+        if self.year <= 2020:
+            return "megatron-2020-a100" if "a100" in str(self.cluster_facts.get("gpu")).lower() else "megatron-2020"
+        return {2021: "megatron-2021", 2022: "megatron-2022"}.get(self.year, "megatron")
 
     def software(self) -> Software:
         program = load_software(self.program())
@@ -299,6 +301,10 @@ class _Reader:
             program = msgspec.structs.replace(program, overlap_reduction=False)
         elif "ddp torch" in self.text:
             program = msgspec.structs.replace(program, overlap_reduction=True)
+        if program.name == "megatron-deepspeed" and "bf16" in str(self.row.get("precision")):
+            program = msgspec.structs.replace(program, gradient_bytes=4)
+        if program.name == "megatron-zero-bubble" and str(self.parallel.get("schedule")).startswith("1f1b"):
+            program = msgspec.structs.replace(program, blocking_transfers=True)
         if program.name == "torchtitan" and ("compile=true" in self.text or "torch.compile;" in self.text or "_compile" in self.text):
             program = load_software("torchtitan-compile")
         if "asynctp" in self.text.replace("asynctp_", "").replace(" ", "") and "vanillatp" not in self.text:

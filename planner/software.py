@@ -39,6 +39,8 @@ class Software(Document, kw_only=True):
     """Bytes of a gradient element in the data-parallel reduction, for 16-bit weights."""
     optimizer_bytes: float = 34.0
     """Bytes that the optimizer step reads and writes per parameter that it owns: gradients, norm, moments, master weights."""
+    zero1_all_reduce: bool = False
+    """Whether ZeRO-1 and 2 all-reduce the gradients where a reduce-scatter would do."""
     overlap_reduction: bool = False
     """Whether the gradient reduction runs while the last micro-batch's backward pass does."""
     overlap_gathers: bool = True
