@@ -109,10 +109,10 @@ def compare(shape, seed, solver=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_optimum_equals_enumeration(shape):
     fitting = 0
-    for seed in range(40):
+    for seed in range(24):
         if random_pipeline(random.Random(f"{shape} {seed}"), shape).num_layers <= 8:
             fitting += compare(shape, seed)
-    assert fitting >= 5, "too few of the instances fit to say anything"
+    assert fitting >= 3, "too few of the instances fit to say anything"
 
 
 @pytest.mark.slow

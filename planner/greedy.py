@@ -1,0 +1,99 @@
+"""Stages by simple rules: cuts of equal time or equal length, and as little recomputation as makes each rank fit.
+
+The search starts from them, and `benchmarks/search.py` compares them with the optimum.
+"""
+
+from __future__ import annotations
+
+import math
+
+from planner.solver import Counts, Moment, Pipeline, moment_bytes
+
+Rows = list[list[list[int]]]
+
+
+def even_sizes(pipeline: Pipeline) -> list[int]:
+    """Layers per stage: as even as can be, the longer stages in the middle."""
+    base, extra = divmod(pipeline.num_layers, pipeline.num_stages)
+    start = (pipeline.num_stages - extra + 1) // 2
+    return [base + (1 if start <= stage < start + extra else 0) for stage in range(pipeline.num_stages)]
+
+
+def balanced_sizes(pipeline: Pipeline) -> list[int]:
+    """Layers per stage so that stages take equally long when nothing is recomputed, each at least one layer."""
+    weights = []
+    for run in pipeline.runs:
+        fastest = min(sum(option.seconds(kind) for kind in pipeline.kinds) for option in run.options)
+        weights += [fastest] * run.length
+    total, count = sum(weights), pipeline.num_stages
+    sizes, taken, done = [], 0, 0.0
+    for stage in range(count):
+        target, size = total * (stage + 1) / count, 0
+        most = len(weights) - taken - (count - stage - 1)
+        while size < most and (size < 1 or done + weights[taken + size] / 2 <= target or stage == count - 1):
+            done += weights[taken + size]
+            size += 1
+        sizes.append(size)
+        taken += size
+    return sizes
+
+
+def place(pipeline: Pipeline, sizes: list[int], option: int = 0) -> Rows:
+    """Stages of these sizes, all layers with the option of that index, or their last one where they have fewer."""
+    rows: Rows = []
+    run = used = 0
+    for size in sizes:
+        row = [[0] * len(item.options) for item in pipeline.runs]
+        left = size
+        while left:
+            take = min(left, pipeline.runs[run].length - used)
+            row[run][min(option, len(row[run]) - 1)] += take
+            used, left = used + take, left - take
+            if used == pipeline.runs[run].length:
+                run, used = run + 1, 0
+        rows.append(row)
+    return rows
+
+
+def frozen(rows: Rows) -> Counts:
+    return tuple(tuple(tuple(row) for row in stage) for stage in rows)
+
+
+def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
+    """Stages of these sizes with recomputation added, the most bytes per second first, until each rank fits; None if none do."""
+    rows = place(pipeline, sizes)
+    for rank in sorted(set(pipeline.ranks)):
+        moments = [moment for moment in pipeline.moments if moment.rank == rank]
+        for _ in range(8 * len(pipeline.ranks)):
+            counts = frozen(rows)
+            over, worst = max((moment_bytes(pipeline, moment, counts) - pipeline.limits[rank], moment) for moment in moments)
+            if over <= 0:
+                break
+            if not _relieve(pipeline, rows, worst, over):
+                return None
+        else:
+            return None
+    return frozen(rows)
+
+
+def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> bool:
+    """Moves layers of one run on one stage to an option that saves memory; says whether there was one."""
+    best: tuple[float, int, int, int, int, float] | None = None
+    for stage, flight in moment.in_flight:
+        for r, run in enumerate(pipeline.runs):
+            for a, old in enumerate(run.options):
+                for b, new in enumerate(run.options):
+                    freed = flight * (old.saved - new.saved)
+                    if not rows[stage][r][a] or freed <= 0:
+                        continue
+                    slower = sum(new.seconds(kind) - old.seconds(kind) for kind in pipeline.kinds)
+                    ratio = freed / slower if slower > 0 else math.inf
+                    if best is None or ratio > best[0]:
+                        best = (ratio, stage, r, a, b, freed)
+    if best is None:
+        return False
+    _, stage, r, a, b, freed = best
+    moved = min(rows[stage][r][a], max(1, math.ceil(over / freed)))
+    rows[stage][r][a] -= moved
+    rows[stage][r][b] += moved
+    return True
