@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from executor.functions import State
 from executor.mesh import Axis, Mesh
 from executor.model import build_stages
 from executor.optimizer import OptimizerOptions, UnitOptimizer
 from executor.pipeline import StageCompute
-from planner.calibration import AttentionPoint, LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint
+from planner.calibration import LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint
 from planner.model import ModelSpec, presets
 from planner.plan import Decisions, Precision, make_stages, replace
 
-QUANTILE = 0.3
+QUANTILE = 0.15
 MATMULS = ((64, 64, 64), (256, 192, 64), (256, 64, 256), (512, 512, 512), (256, 1024, 256), (1024, 1024, 1024), (1024, 256, 64), (64, 256, 1024))
 CUDA_MATMULS = ((512, 512, 512), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 512), (8192, 12288, 4096), (8192, 1024, 8192))
 MEMORY_BYTES = (1 << 14, 1 << 18, 1 << 21, 1 << 24)
@@ -96,28 +95,6 @@ def memory_points(device: torch.device) -> Iterator[MemoryPoint]:
         x, y = torch.ones(count, device=device), torch.ones(count, device=device)
         out = torch.empty_like(x)
         yield MemoryPoint(12 * count, seconds_of(lambda x=x, y=y, out=out: torch.add(x, y, out=out), device))  # type: ignore[misc]
-
-
-def attention_points(device: torch.device) -> Iterator[AttentionPoint]:
-    """Causal attention forward, and forward with backward."""
-    cuda = device.type == "cuda"
-    for batch, heads, length, size in ((2, 16, 2048, 128), (1, 32, 4096, 128)) if cuda else ((4, 4, 128, 16), (4, 4, 256, 32), (2, 8, 256, 64)):
-        shape = (batch, heads, length, size)
-        dtype = torch.bfloat16 if cuda else torch.float32
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-
-        def forward(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        out = forward()
-        gradient = torch.ones_like(out)
-
-        def backward(out: torch.Tensor = out, gradient: torch.Tensor = gradient, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
-
-        yield AttentionPoint(
-            "bf16" if cuda else "fp32", batch * heads, length, size, seconds_of(forward, device), seconds_of(backward, device)
-        )
 
 
 def _lonely_mesh(pipeline_rank: int) -> Mesh:
@@ -199,7 +176,7 @@ def optimizer_points(device: torch.device) -> Iterator[OptimizerPoint]:
                 optimizer.unit.clear_gradients()
 
         count = sum(unit.layout.numel for unit in units)
-        yield OptimizerPoint(shape.precision, count, len(units), seconds_of(step, device))
+        yield OptimizerPoint(shape.precision, count, seconds_of(step, device))
 
 
 def _sync(device: torch.device) -> None:

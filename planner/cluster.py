@@ -68,6 +68,16 @@ class Efficiency(Document, kw_only=True):
     """Least time of a kernel: its launch and its ramp."""
     time_scale: float = 1.0
     """Fitted: measured over predicted compute time on this cluster. 1 where nothing was fitted."""
+    layer_scale: dict[str, float] = {}
+    """Fitted: the same by layer and pass ("block.forward", "head.backward"), on top; 1 for those not named."""
+    optimizer_scale: float = 1.0
+    """Fitted: the same for the optimizer's step."""
+    collective_latency: float = 1.0
+    """Latency of one step of a collective inside a node over that of a message."""
+    inter_node_collective_latency: float = 1.0
+    """The same between nodes."""
+    step_seconds: float = 0.0
+    """Fixed cost of a step on this machine: loading data, adding up the loss, logging."""
     source: str = ""
 
 

@@ -22,7 +22,7 @@ from planner.network import (
     message_seconds,
     reduce_scatter_seconds,
 )
-from planner.plan import Decisions, Inputs, Recompute
+from planner.plan import Decisions, Inputs, Recompute, replace
 from planner.software import Software, load_software
 
 
@@ -54,7 +54,9 @@ class _Parts(NamedTuple):
 
 def software_of(inputs: Inputs) -> Software:
     """The program whose time is predicted, by the training profile."""
-    return load_software(inputs.training.profile)
+    program = load_software(inputs.training.profile)
+    fixed = inputs.cluster.efficiency.step_seconds
+    return replace(program, step_seconds=program.step_seconds + fixed) if fixed else program
 
 
 def layer_seconds(
@@ -73,19 +75,22 @@ def timed_layer(
 ) -> tuple[LayerSeconds, float]:
     """The layer's seconds, and of forward and backward together the visible tensor-parallel communication."""
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
-    scale = inputs.cluster.efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
+    efficiency = inputs.cluster.efficiency
+    scale = efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
+    forward_scale = scale * efficiency.layer_scale.get(f"{kind}.forward", 1.0)
+    backward_scale = scale * efficiency.layer_scale.get(f"{kind}.backward", 1.0)
     sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)
     returned = _backward_communication(parts.communication_backward, decisions.sequence_parallel, program.overlap_tensor_backward)
-    forward = (parts.matmul + parts.elementwise + parts.core) * scale + sent + program.host_seconds
-    weight = parts.backward_weight * scale
-    backward = parts.backward_input * scale + returned + program.host_seconds
+    forward = (parts.matmul + parts.elementwise + parts.core) * forward_scale + sent + program.host_seconds
+    weight = parts.backward_weight * backward_scale
+    backward = parts.backward_input * backward_scale + returned + program.host_seconds
     communication = sent + returned
     if kind == "block" and recompute == "full":
         backward += forward
         communication += sent
     elif kind == "block" and recompute == "selective":
         again = parts.core if program.selective_recompute == "core" else 0.5 * parts.matmul + parts.elementwise
-        backward += again * scale
+        backward += again * forward_scale
     return LayerSeconds(forward, backward + weight, backward, weight), communication
 
 
@@ -267,7 +272,8 @@ def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_ra
         owned /= decisions.data_parallel // decisions.data_parallel_replicate
     traffic = program.optimizer_bytes * (1.0 if inputs.training.optimizer == "adam" else 0.5)
     share = core_share(inputs.cluster, inputs.cluster.num_gpus)
-    return elementwise_seconds(inputs.cluster, owned * traffic) * share * inputs.cluster.efficiency.time_scale
+    scale = inputs.cluster.efficiency.time_scale * inputs.cluster.efficiency.optimizer_scale
+    return elementwise_seconds(inputs.cluster, owned * traffic) * share * scale
 
 
 def parameters_per_rank(model: ModelSpec, tensor_parallel: int, kind: LayerKind) -> float:

@@ -43,12 +43,12 @@ def group(cluster: ClusterSpec, size: int, stride: int) -> Group:
     nodes = ceil(size / per_node)
     inside = cluster.intra_node
     if nodes == 1:
-        return Group(size, 1, inside.bandwidth_bytes_per_second * efficiency.collective, inside.latency_seconds)
+        return Group(size, 1, inside.bandwidth_bytes_per_second * efficiency.collective, inside.latency_seconds * efficiency.collective_latency)
     outside = cluster.inter_node
     bandwidth = min(inside.bandwidth_bytes_per_second, outside.bandwidth_bytes_per_second * per_node) if per_node > 1 else (
         outside.bandwidth_bytes_per_second
     )
-    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, outside.latency_seconds)
+    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, outside.latency_seconds * efficiency.inter_node_collective_latency)
 
 
 def axis_group(cluster: ClusterSpec, decisions: Decisions, axis: Axis) -> Group:

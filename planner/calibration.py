@@ -1,0 +1,340 @@
+"""From measurements of a machine to a cluster file: the constants of the time model, fitted.
+
+Nothing here measures; `executor.calibrate` does. The constants minimise the sum of squared logarithms of predicted over
+measured seconds, so that a short and a long measurement weigh alike and a factor of 2 too much is as bad as one too
+little. The search is the simplex method of Nelder and Mead 1965 (The Computer Journal 7(4)) on the logarithms of the
+constants, which keeps them positive.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from planner.cluster import ClusterSpec, Efficiency, Gpu, Link
+from planner.graph import LayerKind
+from planner.kernels import elementwise_seconds, matmul_seconds
+from planner.layer_time import layer_seconds, optimizer_seconds
+from planner.model import ModelSpec
+from planner.network import Group, all_gather_seconds, all_reduce_seconds, message_seconds, reduce_scatter_seconds
+from planner.plan import Decisions, Inputs, Precision, Training, replace
+
+
+class MatmulPoint(NamedTuple):
+    """A (rows x depth) by (depth x columns) product."""
+
+    precision: Precision
+    rows: int
+    columns: int
+    depth: int
+    seconds: float
+
+
+class MemoryPoint(NamedTuple):
+    """An element-wise operation by the bytes that it reads and writes."""
+
+    num_bytes: int
+    seconds: float
+
+
+class LayerPoint(NamedTuple):
+    """`count` layers of a kind in one pass, without parallelism."""
+
+    model: ModelSpec
+    kind: LayerKind
+    count: int
+    micro_batch_size: int
+    sequence_length: int
+    precision: Precision
+    forward_seconds: float
+    backward_seconds: float
+
+
+class OptimizerPoint(NamedTuple):
+    """The optimizer's update of `num_parameters` parameters."""
+
+    precision: Precision
+    num_parameters: int
+    seconds: float
+
+
+class CollectivePoint(NamedTuple):
+    """A collective over `num_ranks` ranks, `num_bytes` the whole tensor; `inside` a node or between nodes."""
+
+    kind: str
+    num_ranks: int
+    num_bytes: int
+    seconds: float
+    inside: bool = True
+
+
+class MessagePoint(NamedTuple):
+    """A message from one rank to another."""
+
+    num_bytes: int
+    seconds: float
+    inside: bool = True
+
+
+class Measurements(NamedTuple):
+    """What was measured, and where."""
+
+    device: str
+    device_name: str
+    num_gpus: int
+    gpus_per_node: int
+    cores_per_node: int | None
+    memory_bytes: int
+    num_multiprocessors: int | None
+    matmuls: tuple[MatmulPoint, ...]
+    memory: tuple[MemoryPoint, ...]
+    layers: tuple[LayerPoint, ...]
+    optimizer: tuple[OptimizerPoint, ...]
+    collectives: tuple[CollectivePoint, ...] = ()
+    messages: tuple[MessagePoint, ...] = ()
+    reserved_bytes: int = 0
+
+
+class Residual(NamedTuple):
+    """How far the fitted model is from a group of measurements."""
+
+    name: str
+    num_points: int
+    mean_error_fraction: float
+    worst_error_fraction: float
+
+
+class Fit(NamedTuple):
+    cluster: ClusterSpec
+    residuals: tuple[Residual, ...]
+
+
+def fit(measured: Measurements) -> Fit:
+    """The cluster whose predictions are nearest to the measurements."""
+    cluster = _fit_compute(_start(measured), measured)
+    cluster = _fit_layer_scales(cluster, measured.layers)
+    cluster = _fit_optimizer(cluster, measured.optimizer)
+    for inside in (True, False):
+        cluster = _fit_link(cluster, measured, inside)
+    residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
+    return Fit(replace(cluster, source=_source(residuals)), residuals)
+
+
+def minimise(function: Callable[[Sequence[float]], float], start: Sequence[float], step: float = 0.5, rounds: int = 600) -> list[float]:
+    """The simplex method: reflection 1, expansion 2, contraction and shrinkage 1/2."""
+    simplex = [list(start)] + [[x + (step if i == j else 0.0) for j, x in enumerate(start)] for i in range(len(start))]
+    scored = sorted(((function(point), point) for point in simplex), key=lambda item: item[0])
+    count = len(start)
+    for _ in range(rounds):
+        if scored[-1][0] - scored[0][0] < 1e-9:
+            break
+        centre = [sum(point[j] for _, point in scored[:-1]) / count for j in range(count)]
+        worst = scored[-1]
+
+        def along(factor: float, centre: list[float] = centre, point: list[float] = worst[1]) -> tuple[float, list[float]]:
+            moved = [c + factor * (c - x) for c, x in zip(centre, point, strict=True)]
+            return function(moved), moved
+
+        reflected = along(1.0)
+        if reflected[0] < scored[0][0]:
+            expanded = along(2.0)
+            scored[-1] = min(expanded, reflected, key=lambda item: item[0])
+        elif reflected[0] < scored[-2][0]:
+            scored[-1] = reflected
+        else:
+            contracted = along(0.5 if reflected[0] < worst[0] else -0.5)
+            if contracted[0] < min(worst[0], reflected[0]):
+                scored[-1] = contracted
+            else:
+                best = scored[0][1]
+                shrunk = [[(b + x) / 2 for b, x in zip(best, point, strict=True)] for _, point in scored[1:]]
+                scored = [scored[0], *((function(point), point) for point in shrunk)]
+        scored.sort(key=lambda item: item[0])
+    return scored[0][1]
+
+
+def _start(measured: Measurements) -> ClusterSpec:
+    """Peaks are the best that was measured, so that the efficiencies stay fractions."""
+    peaks: dict[str, float] = {}
+    for point in measured.matmuls:
+        rate = 2.0 * point.rows * point.columns * point.depth / point.seconds
+        peaks[point.precision] = max(peaks.get(point.precision, 0.0), rate)
+    bandwidth = max((point.num_bytes / point.seconds for point in measured.memory), default=1e10)
+    unknown = Link(bandwidth_bytes_per_second=1e9, latency_seconds=1e-4, source="assumed: there was one rank")
+    return ClusterSpec(
+        name=f"calibrated-{measured.device}",
+        device="cuda" if measured.device == "cuda" else "cpu",
+        num_gpus=measured.num_gpus,
+        gpus_per_node=measured.gpus_per_node,
+        gpu=Gpu(
+            name=measured.device_name,
+            memory_bytes=measured.memory_bytes,
+            peak_flops_per_second=peaks or {"fp32": 1e11},
+            memory_bandwidth_bytes_per_second=bandwidth,
+            reserved_bytes=measured.reserved_bytes,
+            num_multiprocessors=measured.num_multiprocessors,
+            source="the best measured rates",
+        ),
+        intra_node=unknown,
+        inter_node=unknown,
+        cores_per_node=measured.cores_per_node,
+    )
+
+
+# compute
+
+_FRACTIONS = ("matmul", "memory", "attention", "attention_backward")
+
+
+def _with_constants(cluster: ClusterSpec, logs: Sequence[float]) -> ClusterSpec:
+    """The cluster with constants from their logarithms; the fractions are at most 1."""
+    values = [math.exp(min(max(x, -40.0), 20.0)) for x in logs]
+    fractions = {name: min(1.0, value) for name, value in zip(_FRACTIONS, values, strict=False)}
+    efficiency = replace(cluster.efficiency, matmul_depth_overhead=values[4], kernel_seconds=values[5], **fractions)
+    return replace(cluster, efficiency=efficiency)
+
+
+def _fit_compute(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
+    """The constants of kernels, from whole layers of the executor and from plain products and copies."""
+    if not (measured.layers or measured.matmuls):
+        return cluster
+
+    def cost(logs: Sequence[float]) -> float:
+        candidate = _with_constants(cluster, logs)
+        ratios = [*_matmul_ratios(candidate, measured.matmuls), *_memory_ratios(candidate, measured.memory)]
+        total = 0.1 * _squares(ratios) + _squares(_layer_ratios(candidate, measured.layers))
+        return total + 0.01 * sum(max(0.0, x) ** 2 for x in logs[:4])
+
+    start = [math.log(x) for x in (0.8, 0.5, 0.4, 0.3, 8.0, 5e-6)]
+    best = minimise(cost, start)
+    return _with_constants(cluster, minimise(cost, best, step=0.2))
+
+
+def _squares(ratios: Iterable[float]) -> float:
+    return sum(math.log(ratio) ** 2 for ratio in ratios)
+
+
+def _matmul_ratios(cluster: ClusterSpec, points: Iterable[MatmulPoint]) -> list[float]:
+    return [matmul_seconds(cluster, p.precision, p.rows, p.columns, p.depth) / p.seconds for p in points]
+
+
+def _memory_ratios(cluster: ClusterSpec, points: Iterable[MemoryPoint]) -> list[float]:
+    return [elementwise_seconds(cluster, p.num_bytes) / p.seconds for p in points]
+
+
+def _one_rank(cluster: ClusterSpec, point: LayerPoint) -> tuple[Inputs, Decisions]:
+    training = Training(global_batch_size=point.micro_batch_size, sequence_length=point.sequence_length, precision=point.precision)
+    decisions = Decisions(
+        data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=point.micro_batch_size, num_microbatches=1, stages=()
+    )
+    return Inputs(model=point.model, cluster=replace(cluster, num_gpus=1), training=training), decisions
+
+
+def _layer_ratio(cluster: ClusterSpec, point: LayerPoint) -> tuple[float, float]:
+    """Predicted over measured seconds of the forward and the backward pass."""
+    inputs, decisions = _one_rank(cluster, point)
+    found = layer_seconds(inputs, decisions, point.kind)
+    return point.count * found.forward / point.forward_seconds, point.count * found.backward / point.backward_seconds
+
+
+def _layer_ratios(cluster: ClusterSpec, points: Iterable[LayerPoint]) -> list[float]:
+    """Blocks only: they are nearly all of a step, and the ends are corrected by `layer_scale`."""
+    return [ratio for point in points if point.kind == "block" for ratio in _layer_ratio(cluster, point)]
+
+
+def _fit_layer_scales(cluster: ClusterSpec, points: Sequence[LayerPoint]) -> ClusterSpec:
+    """What is left, as one factor for each kind of layer and pass: the median of measured over predicted."""
+    scales: dict[str, float] = {}
+    for kind in ("embedding", "block", "head"):
+        ratios = [_layer_ratio(cluster, point) for point in points if point.kind == kind]
+        if ratios:
+            scales[f"{kind}.forward"] = 1.0 / statistics.median(ratio[0] for ratio in ratios)
+            scales[f"{kind}.backward"] = 1.0 / statistics.median(ratio[1] for ratio in ratios)
+    return replace(cluster, efficiency=replace(cluster.efficiency, layer_scale=scales))
+
+
+def _fit_optimizer(cluster: ClusterSpec, points: Sequence[OptimizerPoint]) -> ClusterSpec:
+    if not points:
+        return cluster
+    scale = statistics.median(point.seconds / _optimizer_prediction(cluster, point) for point in points)
+    return replace(cluster, efficiency=replace(cluster.efficiency, optimizer_scale=cluster.efficiency.optimizer_scale * scale))
+
+
+def _optimizer_prediction(cluster: ClusterSpec, point: OptimizerPoint) -> float:
+    from planner.model import presets
+
+    any_layer = LayerPoint(presets()["tiny-gpt"], "block", 1, 1, 1, point.precision, 1.0, 1.0)
+    return optimizer_seconds(*_one_rank(cluster, any_layer), point.num_parameters)
+
+
+# links
+
+
+def _collective_prediction(latency: float, bandwidth: float, point: CollectivePoint) -> float:
+    ranks = Group(point.num_ranks, 1, bandwidth, latency)
+    function = {"all_reduce": all_reduce_seconds, "all_gather": all_gather_seconds, "reduce_scatter": reduce_scatter_seconds}[point.kind]
+    return function(ranks, point.num_bytes)
+
+
+def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> ClusterSpec:
+    """The link inside a node or between nodes: its bandwidth and latency by messages, and what collectives reach of it."""
+    messages = [point for point in measured.messages if point.inside == inside]
+    collectives = [point for point in measured.collectives if point.inside == inside]
+    if not messages and not collectives:
+        return cluster
+
+    def of_message(logs: Sequence[float]) -> float:
+        return _squares((math.exp(logs[0]) + point.num_bytes / math.exp(logs[1])) / point.seconds for point in messages)
+
+    def of_collective(logs: Sequence[float]) -> float:
+        return _squares(_collective_prediction(math.exp(logs[0]), math.exp(logs[1]), point) / point.seconds for point in collectives)
+
+    start = [math.log(1e-4), math.log(1e9)]
+    latency, speed = (math.exp(x) for x in minimise(of_message, start)) if messages else (1e-4, 1e9)
+    collective_latency, collective_speed = (math.exp(x) for x in minimise(of_collective, start)) if collectives else (latency, speed)
+    bandwidth = max(speed, collective_speed)
+    link = Link(bandwidth_bytes_per_second=bandwidth, latency_seconds=latency, source="measured")
+    name = "collective" if inside else "inter_node_collective"
+    changes = {name: collective_speed / bandwidth, f"{name}_latency": collective_latency / latency}
+    if inside:
+        changes["point_to_point"] = speed / bandwidth
+    efficiency = replace(cluster.efficiency, **changes)
+    return replace(cluster, efficiency=efficiency, **{"intra_node" if inside else "inter_node": link})
+
+
+# how well it fits
+
+
+def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
+    efficiency = cluster.efficiency
+
+    def collective(point: CollectivePoint) -> float:
+        link = cluster.intra_node if point.inside else cluster.inter_node
+        share = efficiency.collective if point.inside else efficiency.inter_node_collective
+        times = efficiency.collective_latency if point.inside else efficiency.inter_node_collective_latency
+        return _collective_prediction(link.latency_seconds * times, link.bandwidth_bytes_per_second * share, point) / point.seconds
+
+    layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
+    return [
+        _residual("matrix products", _matmul_ratios(cluster, measured.matmuls)),
+        _residual("memory traffic", _memory_ratios(cluster, measured.memory)),
+        *(_residual(f"{kind} layers", ratios) for kind, ratios in layers.items()),
+        _residual("optimizer", [_optimizer_prediction(cluster, p) / p.seconds for p in measured.optimizer]),
+        _residual("collectives", [collective(p) for p in measured.collectives]),
+        _residual("messages", [message_seconds(cluster, p.num_bytes, p.inside) / p.seconds for p in measured.messages]),
+    ]
+
+
+def _residual(name: str, ratios: Sequence[float]) -> Residual:
+    errors = [abs(ratio - 1.0) for ratio in ratios]
+    return Residual(name, len(errors), statistics.fmean(errors) if errors else 0.0, max(errors, default=0.0))
+
+
+def _source(residuals: Iterable[Residual]) -> str:
+    parts = ", ".join(f"{r.name} {100 * r.mean_error_fraction:.0f} % (worst {100 * r.worst_error_fraction:.0f} %, {r.num_points} points)" for r in residuals)
+    return f"measured by plan calibrate; mean error of the fit: {parts}"
+
+
+__all__ = ["Efficiency", "Fit", "Measurements", "Residual", "fit", "minimise"]
