@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from planner.accuracy import accuracy
 from planner.graph import LayerKind, training_flops_per_token
 from planner.kernels import peak_flops_per_second
 from planner.layer_time import (
@@ -126,6 +127,20 @@ def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | 
 
     blocking = program.blocking_transfers
     return simulate(lists, seconds, transfer, blocking_send_seconds=transfer if blocking else None)
+
+
+def zero_bubble_2p_seconds(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> float:
+    """Step time of the zero-bubble schedule that keeps twice 1F1B's activations, which no plan has, in closed form.
+
+    m passes of the slowest stage and a bubble of (p - 1)·max(0, F + I - 2·W) (Qi et al. 2023, arXiv 2401.10241, table 2).
+    """
+    times = _durations(inputs, decisions, software or software_of(inputs))
+    p, m = decisions.pipeline_parallel, decisions.num_microbatches
+    forward, whole, backward, weight = max(
+        zip(times.forward, times.backward, times.backward_input, times.backward_weight, strict=True), key=lambda item: item[0] + item[1]
+    )
+    bubble = (p - 1) * max(0.0, forward + backward - 2 * weight)
+    return m * (forward + whole) + bubble + max(times.reduce) + max(times.optimizer)
 
 
 def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Durations:
@@ -264,13 +279,14 @@ def _sum(left: list[float], right: list[float]) -> list[float]:
 def _time(
     inputs: Inputs, decisions: Decisions, step: float, bubble: float, breakdown: dict[str, float], num_tokens: float | None
 ) -> Time:
+    low, high = accuracy().step_seconds_interval
     tokens = inputs.training.global_batch_size * inputs.training.sequence_length
     flops = tokens * training_flops_per_token(inputs.model, inputs.training.sequence_length)
     peak = peak_flops_per_second(inputs.cluster, inputs.training.precision) * decisions.world_size
     days = None if num_tokens is None else num_tokens / tokens * step / 86400
     return Time(
         step_seconds=step,
-        step_seconds_interval=(0.85 * step, 1.15 * step),
+        step_seconds_interval=(low * step, high * step),
         bubble_fraction=bubble,
         model_flops_utilization=flops / step / peak if step > 0 else None,
         tokens_per_second=tokens / step if step > 0 else None,
