@@ -148,7 +148,8 @@ def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> 
     batch = decisions.micro_batch_size * model.num_attention_heads / decisions.tensor_parallel
     efficiency = cluster.efficiency
     if program.attention == "fused":
-        flops = 4.0 * batch * s * (s * 0.5 + 128 if program.causal_skip else s) * max(d, 64)
+        width = d + 16 if cluster.device == "cpu" else max(d, 64)
+        flops = 4.0 * batch * s * (min(s, s * 0.5 + 128) if program.causal_skip else s) * width
         rate = peak_flops_per_second(cluster, precision) * program.attention_speed
         forward = flops / (rate * efficiency.attention) + efficiency.kernel_seconds
         return forward, 2.5 * flops / (rate * efficiency.attention_backward) + 2 * efficiency.kernel_seconds
