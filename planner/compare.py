@@ -91,14 +91,13 @@ def compare(plan: Plan, run: Run, dry_run: DryRun | None = None, *, tolerance: f
         raise InputError("--tolerance", tolerance, "a fraction of 0 or more is expected")
     timeline = predict_timeline(plan.inputs, plan.decisions)
     rows = (*_whole_rows(plan, run, dry_run), *(row for rank in run.ranks for row in _rank_rows(plan, run, rank, dry_run, timeline)))
-    totals = {row.rank: row.measured for row in rows if row.quantity == "total_bytes"}
     return Comparison(
         plan_hash=run.plan_hash,
         rehearsed=run.rehearsed,
         rows=rows,
         tolerance=tolerance,
-        within_tolerance=None if tolerance is None else all(_within(row, tolerance, totals.get(row.rank)) for row in rows),
-        causes=() if actions is None else blame(plan, run, actions, timeline),
+        within_tolerance=None if tolerance is None else not outside(rows, tolerance),
+        causes=causes(plan, run, actions, timeline),
     )
 
 
@@ -161,6 +160,13 @@ def _bytes(memory: Memory | None, category: str) -> float | None:
     return None if memory is None else getattr(memory, category)
 
 
+def outside(rows: Iterable[Row], tolerance: float) -> tuple[Row, ...]:
+    """The rows whose prediction and measurement differ by more than the tolerance, as the module's text defines it."""
+    rows = tuple(rows)
+    totals = {row.rank: row.measured for row in rows if row.quantity == "total_bytes"}
+    return tuple(row for row in rows if not _within(row, tolerance, totals.get(row.rank)))
+
+
 def _within(row: Row, tolerance: float, rank_total: float | None) -> bool:
     if row.predicted is None or row.measured is None:
         return True
@@ -172,7 +178,12 @@ def _within(row: Row, tolerance: float, rank_total: float | None) -> bool:
     return difference <= tolerance * abs(row.measured)
 
 
-def blame(plan: Plan, run: Run, actions: Timeline, predicted: Timeline | None = None) -> tuple[Cause, ...]:
+def blame(plan: Plan, run: Run, actions: Timeline | None) -> tuple[str, ...]:
+    """`causes` in words, one sentence for each constant; none without a measured timeline."""
+    return tuple(cause.words for cause in causes(plan, run, actions))
+
+
+def causes(plan: Plan, run: Run, actions: Timeline | None, predicted: Timeline | None = None) -> tuple[Cause, ...]:
     """Each predicted constant beside its measurement, by how much it moves the predicted step, largest first.
 
     The schedule is walked once with the predicted times, and once for each constant with the measured mean times of its
@@ -180,12 +191,14 @@ def blame(plan: Plan, run: Run, actions: Timeline, predicted: Timeline | None = 
     `predicted` pipeline ranks. A message's time is from the start of its send to the end of its receive, over the messages
     whose receiver was already waiting; a measured reduction includes waiting for the other ranks.
     """
+    if actions is None:
+        return ()
     timeline = predicted if predicted is not None else predict_timeline(plan.inputs, plan.decisions)
     ranks = {rank.rank: (rank.coordinates.dp, rank.coordinates.tp) for rank in run.ranks}
     guess = _durations(timeline.events, lambda rank: (0, 0))
     truth = _durations(actions.events, lambda rank: ranks.get(rank, (0, 0)))
     start = _walk(plan, guess)
-    causes = []
+    found = []
     for constant, kinds in CONSTANTS.items():
         keys = [key for key in guess if key[0] in kinds and key in truth]
         if not keys:
@@ -193,8 +206,8 @@ def blame(plan: Plan, run: Run, actions: Timeline, predicted: Timeline | None = 
         before = sum(guess[key] for key in keys) / len(keys)
         after = sum(truth[key] for key in keys) / len(keys)
         effect = _walk(plan, guess | {key: truth[key] for key in keys}) - start
-        causes.append(_cause(constant, before, after, effect))
-    return tuple(sorted(causes, key=lambda cause: -abs(cause.effect_seconds)))
+        found.append(_cause(constant, before, after, effect))
+    return tuple(sorted(found, key=lambda cause: -abs(cause.effect_seconds)))
 
 
 Durations = dict[tuple[str, int], float]
@@ -243,7 +256,10 @@ def _cause(constant: str, predicted: float, measured: float, effect: float) -> C
         verdict = f"{name} takes the predicted {predicted * 1e3:.3g} ms, within 2 %"
     else:
         verdict = f"{name} takes {measured * 1e3:.3g} ms, {ratio:.2f} times the predicted {predicted * 1e3:.3g} ms"
-    change = f"with the measured value the predicted step is {abs(effect) * 1e3:.3g} ms {'longer' if effect >= 0 else 'shorter'}"
+    if abs(effect) < 0.01 * max(predicted, measured):
+        change = "that does not move the predicted step"
+    else:
+        change = f"with the measured value the predicted step is {abs(effect) * 1e3:.3g} ms {'longer' if effect >= 0 else 'shorter'}"
     return Cause(
         constant=constant,
         predicted_seconds=predicted,

@@ -5,7 +5,7 @@ import json
 import pytest
 from plans import make_dry_run, make_plan, make_run
 
-from planner.compare import Comparison, Row, blame, compare, error_fraction
+from planner.compare import Comparison, Row, blame, causes, compare, error_fraction, outside
 from planner.documents import convert, dumps
 from planner.errors import InputError
 from planner.plan import Plan, replace
@@ -88,6 +88,7 @@ def test_tolerance():
     assert compare(plan, run, tolerance=0.2).within_tolerance is True
     slow = replace(run, summary=replace(run.summary, step_seconds=run.summary.step_seconds * 1.5))
     assert compare(plan, slow, tolerance=0.2).within_tolerance is False
+    assert [row.quantity for row in outside(compare(plan, slow).rows, 0.2)] == ["step_seconds"]
     assert compare(plan, slow, tolerance=0.5).within_tolerance is True
     heavy = exact(make_run(plan, memory=1.4)[0], plan)
     assert compare(plan, heavy, tolerance=0.2).within_tolerance is False
@@ -117,20 +118,21 @@ def test_memory_of_a_rehearsal_is_not_compared():
 def test_blame_finds_the_slow_forward_pass():
     plan = plan_3d()
     run, actions = make_run(plan, forward=1.5)
-    first = blame(plan, run, actions)[0]
+    first = causes(plan, run, actions)[0]
     assert first.constant == "forward" and first.ratio == pytest.approx(1.5)
     assert first.effect_seconds > 0 and "1.50 times the predicted" in first.words
-    others = {cause.constant: cause.ratio for cause in blame(plan, run, actions)}
+    assert blame(plan, run, actions)[0] == first.words and blame(plan, run, None) == ()
+    others = {cause.constant: cause.ratio for cause in causes(plan, run, actions)}
     assert others["backward"] == pytest.approx(1.0) and others["optimizer"] == pytest.approx(1.0)
 
 
 def test_blame_finds_slow_messages_and_its_effect_is_that_of_the_walk():
     plan = plan_3d()
     run, actions = make_run(plan, message=0.5)
-    causes = blame(plan, run, actions)
-    assert causes[0].constant == "message" and causes[0].measured_seconds == pytest.approx(0.5)
+    found = causes(plan, run, actions)
+    assert found[0].constant == "message" and found[0].measured_seconds == pytest.approx(0.5)
     as_measured = make_run(plan, message=0.5)[1].end - predict_timeline(plan.inputs, plan.decisions).end
-    assert causes[0].effect_seconds == pytest.approx(as_measured, rel=0.02)
+    assert found[0].effect_seconds == pytest.approx(as_measured, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -139,5 +141,5 @@ def test_blame_finds_slow_messages_and_its_effect_is_that_of_the_walk():
 def test_blame_knows_split_backwards(changes):
     plan = make_plan("tiny-gpt", pp=2, m=4, **changes)
     run, actions = make_run(plan, forward=2.0)
-    causes = {cause.constant: cause for cause in blame(plan, run, actions)}
-    assert causes["forward"].ratio == pytest.approx(2.0) and causes["backward"].ratio == pytest.approx(1.0)
+    found = {cause.constant: cause for cause in causes(plan, run, actions)}
+    assert found["forward"].ratio == pytest.approx(2.0) and found["backward"].ratio == pytest.approx(1.0)

@@ -1,0 +1,172 @@
+"""Reports: one self-contained HTML page each, drawn with plotly, that needs no network.
+
+`report` is a plan's page, with its dry run and run where there are any. The others lay many plans side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.compare import compare
+from planner.paradigms import Paradigm, Paradigms
+from planner.plan import Plan, plan_hash
+from planner.report import figures, parts
+from planner.report.figures import ParadigmBar, Point, SweepPoint
+from planner.report.page import Section, bullets, page, table, tiles
+from planner.report.parts import ValidationDocument
+from planner.report.text import percent, show_bytes, show_seconds, signed_percent
+from planner.run import DryRun, Run
+from planner.timeline import Timeline
+
+__all__ = ["SweepPoint", "paradigms_report", "report", "sweep_report", "validation_report"]
+
+
+def report(
+    plan: Plan,
+    run: Run | None = None,
+    dry_run: DryRun | None = None,
+    *,
+    simulated: Timeline | None = None,
+    measured: Timeline | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The page of a plan as HTML text: verdict, memory, pipeline, times, losses, comparison, runners-up, assumptions.
+
+    `simulated` is `planner.timing.predict_timeline`'s and `measured` is `planner.run.load_actions`', of global ranks.
+    Raises InputError when the run or the dry run is not of this plan.
+    """
+    comparison = compare(plan, run, dry_run, actions=measured) if run is not None else None
+    sections = [
+        parts.verdict(plan, run),
+        parts.memory(plan, run, dry_run),
+        parts.pipeline(plan, run, simulated, measured),
+        parts.step_time(plan),
+        *parts.training(plan, run),
+        *parts.comparison(comparison),
+        parts.stages(plan),
+        parts.runners_up(plan),
+        parts.assumptions(plan, run, notes),
+    ]
+    return page(
+        title=f"{plan.inputs.model.name} on {plan.inputs.cluster.num_gpus} × {plan.inputs.cluster.gpu.name}",
+        subtitle=parts.subtitle(plan),
+        after_title=tiles(parts.headline(plan, run)),
+        sections=[section for section in sections if section is not None],
+        footer=f"Meshwright. Plan {plan_hash(plan)[:16]}. GiB = 2^30 bytes; MFU counts model FLOPs only, without recomputation.",
+    )
+
+
+def paradigms_report(document: Paradigms) -> str:
+    """The page that lays the ways of splitting training side by side."""
+    bars = [
+        ParadigmBar(
+            name=row.name,
+            sent_bytes=(_sum(row.communication_bytes), _sum(row.measured_communication_bytes)),
+            peak_bytes=(row.peak_bytes, row.measured_peak_bytes),
+            bubble_fraction=(row.bubble_fraction, row.measured_bubble_fraction),
+            step_seconds=(row.step_seconds, row.measured_step_seconds),
+        )
+        for row in document.paradigms
+        if row.decisions is not None
+    ]
+    measured = any(row.measured_step_seconds is not None for row in document.paradigms)
+    figure = Section(
+        "What each way sends, holds, wastes and takes",
+        charts=(figures.paradigms_figure(bars),),
+        caption=f"Predicted{' (blue) and measured (orange)' if measured else ''}, on the rank that sends or holds most.",
+    )
+    return page(
+        title=f"Ways of splitting {document.model} over {document.world_size} ranks",
+        subtitle=f"Global batch {document.global_batch_size}, sequence length {document.sequence_length}",
+        sections=[figure, Section("In figures", body=_paradigms_table(document.paradigms, measured))],
+        footer="Meshwright. GiB = 2^30 bytes.",
+    )
+
+
+def _sum(by_axis: dict[str, float] | dict[str, int]) -> float | None:
+    return float(sum(by_axis.values())) if by_axis else None
+
+
+def _paradigms_table(rows: Sequence[Paradigm], measured: bool) -> str:
+    columns = ["", "what is split; what is sent", "tp × pp × dp", "sent", "memory", "bubble", "step"]
+    columns += ["measured: sent", "memory", "bubble", "step"] if measured else []
+    body = []
+    for row in rows:
+        decided = row.decisions
+        degrees = f"{decided.tensor_parallel} × {decided.pipeline_parallel} × {decided.data_parallel}" if decided else None
+        values: list[object] = [
+            show_bytes(_sum(row.communication_bytes)),
+            f"{show_bytes(row.peak_bytes)}{' (does not fit)' if row.fits is False else ''}",
+            percent(row.bubble_fraction),
+            show_seconds(row.step_seconds),
+        ]
+        if measured:
+            values += [
+                show_bytes(_sum(row.measured_communication_bytes)),
+                show_bytes(row.measured_peak_bytes),
+                percent(row.measured_bubble_fraction),
+                show_seconds(row.measured_step_seconds),
+            ]
+        words = f"not possible: {row.why_not}" if row.why_not else f"{row.what_is_split}. Sent: {row.what_is_sent}"
+        body.append((row.name, words, degrees, *values))
+    return table(columns, body, left=(0, 1))
+
+
+def validation_report(document: ValidationDocument) -> str:
+    """The page of predictions against measurements: scatters by group, and every row."""
+    step = [
+        Point(row.group, row.id, row.predicted.step_seconds, row.measured.step_seconds)
+        for row in document.rows
+        if row.predicted.step_seconds and row.measured.step_seconds
+    ]
+    memory = [
+        Point(row.group, row.id, row.predicted.peak_bytes / 2**30, row.measured.peak_bytes / 2**30)
+        for row in document.rows
+        if row.predicted.peak_bytes and row.measured.peak_bytes
+    ]
+    sections = []
+    for title, points, quantity in (("Step time", step, "step time (s)"), ("Memory", memory, "memory per GPU (GiB)")):
+        if points:
+            sections.append(Section(title, charts=(figures.scatter_figure(points, quantity),), caption=f"{len(points)} rows; the band is ±10 %."))
+    rows = [
+        (
+            row.id,
+            row.group,
+            show_seconds(row.predicted.step_seconds),
+            show_seconds(row.measured.step_seconds),
+            signed_percent(row.step_time_error_fraction),
+            show_bytes(row.predicted.peak_bytes),
+            show_bytes(row.measured.peak_bytes),
+            signed_percent(row.memory_error_fraction),
+            row.why_not or "",
+        )
+        for row in document.rows
+    ]
+    columns = ("row", "group", "predicted step", "measured", "error", "predicted memory", "measured", "error", "why not")
+    sections.append(Section("Every row", body=table(columns, rows, left=(0, 1, 8))))
+    summary = document.summary
+    top = tiles(
+        [
+            ("Rows", str(summary.num_rows), f"{summary.num_groups} groups"),
+            ("Step time", percent(summary.step_time_mean_abs_error), "mean absolute error"),
+            ("Memory", percent(summary.memory_mean_abs_error), "mean absolute error"),
+        ]
+    )
+    return page("Predictions against measurements", "Means over groups of the means within a group", sections, top, "Meshwright. GiB = 2^30 bytes.")
+
+
+def sweep_report(title: str, points: Sequence[SweepPoint], notes: Sequence[str] = ()) -> str:
+    """The page of one model on different numbers of GPUs."""
+    rows = [
+        (
+            point.num_gpus,
+            show_seconds(point.step_seconds),
+            f"{point.tokens_per_second:,.0f}" if point.tokens_per_second is not None else None,
+            percent(point.model_flops_utilization),
+            show_bytes(point.peak_bytes),
+        )
+        for point in points
+    ]
+    body = table(("GPUs", "step", "tokens per second", "MFU", "memory of the heaviest GPU"), rows)
+    sections = [Section("Over the number of GPUs", charts=(figures.sweep_figure(points),)), Section("In figures", body=body + bullets(notes))]
+    return page(title, "", sections, footer="Meshwright. GiB = 2^30 bytes.")
