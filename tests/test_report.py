@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,15 @@ from planner import model as models
 from planner.errors import InputError
 from planner.paradigms import paradigms
 from planner.plan import Training, replace
+from planner.published import (
+    ErrorMeans,
+    GroupErrors,
+    MeasuredFigures,
+    PredictedFigures,
+    Validation,
+    ValidationRow,
+    ValidationSummary,
+)
 from planner.report import SweepPoint, figures, paradigms_report, report, sweep_report, validation_report
 from planner.report.figures import Lane, gantt_figure
 from planner.report.page import safe_json
@@ -236,30 +244,44 @@ def test_paradigms_page():
     assert all(row.name in page.words for row in document.paradigms)
 
 
-def validation_row(name: str, group: str, seconds: tuple[float | None, float | None], size: tuple[int | None, int | None]) -> SimpleNamespace:
-    predicted, measured = (SimpleNamespace(step_seconds=seconds[i], peak_bytes=size[i]) for i in (0, 1))
-    error = None if None in seconds else seconds[0] / seconds[1] - 1
-    return SimpleNamespace(
-        id=name, group=group, predicted=predicted, measured=measured, step_time_error_fraction=error, memory_error_fraction=None, why_not=None
-    )
+def validation_row(name: str, group: str, predicted: MeasuredFigures, measured: MeasuredFigures, **changes: Any) -> ValidationRow:
+    error = None if None in (predicted.step_seconds, measured.step_seconds) else predicted.step_seconds / measured.step_seconds - 1
+    figures = PredictedFigures(step_seconds=predicted.step_seconds, peak_bytes=predicted.peak_bytes)
+    return ValidationRow(id=name, group=group, predicted=figures, measured=measured, step_time_error_fraction=error, **changes)
 
 
 def test_validation_page():
-    rows = [
-        validation_row("a", "one", (11.0, 10.0), (None, None)),
-        validation_row(EVIL, EVIL, (4.0, 5.0), (2**30, 2**31)),
-        validation_row("c", "one", (3.0, None), (2**30, None)),
-    ]
-    summary = SimpleNamespace(num_rows=3, num_groups=2, step_time_mean_abs_error=0.15, memory_mean_abs_error=None)
-    page = Page(validation_report(SimpleNamespace(rows=rows, summary=summary)))
+    def figures(seconds: float | None = None, size: float | None = None) -> MeasuredFigures:
+        return MeasuredFigures(step_seconds=seconds, peak_bytes=size)
+
+    rows = (
+        validation_row("a", "one", figures(11.0), figures(10.0)),
+        validation_row(EVIL, EVIL, figures(4.0, 2**30), figures(5.0, 2**31), complete=False),
+        validation_row("c", "one", figures(3.0, 2**30), figures()),
+        validation_row("d", "one", figures(), figures(3.0), why_not="no GPU is named"),
+    )
+    group = GroupErrors(
+        group=EVIL, calibrated=True, num_rows=1, step_time_mean_abs_error=0.2, step_time_mean_error=-0.2, step_time_worst_error=-0.21,
+        interval_coverage=0.5, memory_mean_abs_error=None, rank_correlation=None,
+    )  # fmt: skip
+    means = ErrorMeans(
+        num_groups=2, num_rows=3, step_time_mean_abs_error=0.153, step_time_mean_error=0.0, interval_coverage=None, memory_mean_abs_error=None
+    )
+    summary = ValidationSummary(
+        num_rows=4, num_groups=2, step_time_mean_abs_error=0.153, memory_mean_abs_error=None, untouched=means, calibrated=means
+    )
+    page = Page(validation_report(Validation(rows=rows, groups=(group,), summary=summary)))
     step, memory = page.charts
-    points = {trace["name"]: (trace["x"], trace["y"]) for trace in step["data"] if trace["mode"] == "markers"}
-    assert points["one"] == ([10.0], [11.0]) and len(points) == 2
-    assert not any("<" in name for name in points)
+    points = {trace["name"]: trace for trace in step["data"] if trace["mode"] == "markers"}
+    assert (points["one"]["x"], points["one"]["y"], points["one"]["marker"]["symbol"]) == ([10.0], [11.0], ["circle"])
+    assert len(points) == 2 and not any("<" in name for name in points)
+    assert memory["data"][2]["marker"]["symbol"] == ["circle-open"]
     identity = step["data"][0]
     assert identity["x"] == identity["y"]
     assert [(trace["x"], trace["y"]) for trace in memory["data"] if trace["mode"] == "markers"] == [([2.0], [1.0])]
-    assert "+10.0%" in page.words and "-20.0%" in page.words and page.tags().count("img") == 0
+    for words in ("+10.0%", "-20.0%", "-21.0%", "15.3%", "no GPU is named", EVIL):
+        assert words in page.words
+    assert page.tags().count("img") == 0
 
 
 def test_sweep_page():

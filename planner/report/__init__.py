@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from planner.compare import compare
 from planner.paradigms import Paradigm, Paradigms
 from planner.plan import Plan, plan_hash
+from planner.published import Validation, ValidationRow
 from planner.report import figures, parts
 from planner.report.figures import ParadigmBar, Point, SweepPoint
 from planner.report.page import Section, bullets, page, table, tiles
-from planner.report.parts import ValidationDocument
 from planner.report.text import percent, show_bytes, show_seconds, signed_percent
 from planner.run import DryRun, Run
 from planner.timeline import Timeline
@@ -112,23 +112,68 @@ def _paradigms_table(rows: Sequence[Paradigm], measured: bool) -> str:
     return table(columns, body, left=(0, 1))
 
 
-def validation_report(document: ValidationDocument) -> str:
-    """The page of predictions against measurements: scatters by group, and every row."""
+def validation_report(document: Validation) -> str:
+    """The page of predictions against measurements: scatters by group, the errors of each group, and every row."""
+    predicted = [row for row in document.rows if row.why_not is None]
     step = [
-        Point(row.group, row.id, row.predicted.step_seconds, row.measured.step_seconds)
-        for row in document.rows
+        Point(row.group, row.id, row.predicted.step_seconds, row.measured.step_seconds, row.complete)
+        for row in predicted
         if row.predicted.step_seconds and row.measured.step_seconds
     ]
     memory = [
-        Point(row.group, row.id, row.predicted.peak_bytes / 2**30, row.measured.peak_bytes / 2**30)
-        for row in document.rows
+        Point(row.group, row.id, row.predicted.peak_bytes / 2**30, row.measured.peak_bytes / 2**30, row.complete)
+        for row in predicted
         if row.predicted.peak_bytes and row.measured.peak_bytes
     ]
     sections = []
     for title, points, quantity in (("Step time", step, "step time (s)"), ("Memory", memory, "memory per GPU (GiB)")):
         if points:
-            sections.append(Section(title, charts=(figures.scatter_figure(points, quantity),), caption=f"{len(points)} rows; the band is ±10 %."))
+            caption = f"{len(points)} rows; the band is ±10 %."
+            if not all(point.counted for point in points):
+                caption += " A hollow mark is a row whose source leaves something out; it does not count in the means."
+            sections.append(Section(title, charts=(figures.scatter_figure(points, quantity),), caption=caption))
+    refused = [(row.id, row.group, row.why_not) for row in document.rows if row.why_not is not None]
+    sections.append(Section("By group", body=_group_table(document), caption="Mean errors are of absolute values; bias keeps the sign."))
+    sections.append(Section("Every row", body=_validation_table(predicted)))
+    if refused:
+        sections.append(Section("Rows without a prediction", body=table(("row", "group", "why"), refused, left=(0, 1, 2))))
+    summary = document.summary
+    top = tiles(
+        [
+            ("Rows", f"{summary.num_rows:,}", f"{summary.num_groups} groups"),
+            *(
+                (f"{name}, {kind}", percent(value), f"mean absolute error, {means.num_groups} groups")
+                for kind, means in (("nothing fitted", summary.untouched), ("one constant fitted", summary.calibrated))
+                for name, value in (("Step time", means.step_time_mean_abs_error), ("Memory", means.memory_mean_abs_error))
+                if value is not None
+            ),
+        ]
+    )
+    return page("Predictions against measurements", "Means over groups of the means within a group", sections, top, "Meshwright. GiB = 2^30 bytes.")
+
+
+def _group_table(document: Validation) -> str:
+    columns = ("group", "rows", "step time", "bias", "worst", "in the interval", "memory", "rank correlation", "fitted")
     rows = [
+        (
+            group.group,
+            group.num_rows,
+            percent(group.step_time_mean_abs_error),
+            signed_percent(group.step_time_mean_error),
+            signed_percent(group.step_time_worst_error),
+            percent(group.interval_coverage),
+            percent(group.memory_mean_abs_error),
+            None if group.rank_correlation is None else f"{group.rank_correlation:.2f}",
+            "yes" if group.calibrated else "",
+        )
+        for group in document.groups
+    ]
+    return table(columns, rows)
+
+
+def _validation_table(rows: Sequence[ValidationRow]) -> str:
+    columns = ("row", "group", "predicted step", "measured", "error", "predicted memory", "measured", "error")
+    body = [
         (
             row.id,
             row.group,
@@ -138,21 +183,10 @@ def validation_report(document: ValidationDocument) -> str:
             show_bytes(row.predicted.peak_bytes),
             show_bytes(row.measured.peak_bytes),
             signed_percent(row.memory_error_fraction),
-            row.why_not or "",
         )
-        for row in document.rows
+        for row in rows
     ]
-    columns = ("row", "group", "predicted step", "measured", "error", "predicted memory", "measured", "error", "why not")
-    sections.append(Section("Every row", body=table(columns, rows, left=(0, 1, 8))))
-    summary = document.summary
-    top = tiles(
-        [
-            ("Rows", str(summary.num_rows), f"{summary.num_groups} groups"),
-            ("Step time", percent(summary.step_time_mean_abs_error), "mean absolute error"),
-            ("Memory", percent(summary.memory_mean_abs_error), "mean absolute error"),
-        ]
-    )
-    return page("Predictions against measurements", "Means over groups of the means within a group", sections, top, "Meshwright. GiB = 2^30 bytes.")
+    return table(columns, body, left=(0, 1))
 
 
 def sweep_report(title: str, points: Sequence[SweepPoint], notes: Sequence[str] = ()) -> str:

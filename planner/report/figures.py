@@ -298,6 +298,8 @@ class Point(NamedTuple):
     label: str
     predicted: float
     measured: float
+    counted: bool = True
+    """Whether it counts in the means; drawn hollow where it does not."""
 
 
 def scatter_figure(points: Sequence[Point], quantity: str) -> go.Figure:
@@ -312,10 +314,11 @@ def scatter_figure(points: Sequence[Point], quantity: str) -> go.Figure:
     )  # fmt: skip
     for index, group in enumerate(dict.fromkeys(point.group for point in points)):
         mine = [point for point in points if point.group == group]
+        symbol = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")[index // len(SERIES) % 8]
         figure.add_scatter(
             x=[point.measured for point in mine], y=[point.predicted for point in mine], mode="markers", name=plain(group),
             marker={"color": SERIES[index % len(SERIES)], "size": 9, "line": {"color": "white", "width": 1},
-                    "symbol": ("circle", "square", "diamond", "triangle-up")[index // len(SERIES) % 4]},
+                    "symbol": [symbol if point.counted else f"{symbol}-open" for point in mine]},
             text=[plain(point.label) for point in mine],
             hovertemplate="%{text}<br>measured %{x:.4g}, predicted %{y:.4g}<extra></extra>",
         )  # fmt: skip

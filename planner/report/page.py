@@ -44,7 +44,7 @@ section { background: #fff; border: 1px solid LINE; border-radius: 10px; padding
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: right; color: MUTED; font-weight: 600; padding: 6px 10px; border-bottom: 1.5px solid LINE; vertical-align: bottom; }
 td { white-space: nowrap; text-align: right; padding: 5px 10px; border-bottom: 1px solid #eef1f4; vertical-align: top; }
-th.left, td.left { text-align: left; white-space: normal; }
+th.left, td.left { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 ul { margin: 0; padding-left: 20px; }
 li { margin-bottom: 4px; }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from planner.compare import Comparison, Row
 from planner.estimate import capacity_bytes, fits
@@ -14,51 +13,6 @@ from planner.report.page import Section, bullets, paragraphs, table
 from planner.report.text import MISSING, percent, show_bytes, show_count, show_seconds, signed_percent
 from planner.run import DryRun, Run, RunRank
 from planner.timeline import Timeline, bubble_fraction
-
-
-class _Pair(Protocol):
-    @property
-    def step_seconds(self) -> float | None: ...
-    @property
-    def peak_bytes(self) -> float | None: ...
-
-
-class _ValidationRow(Protocol):
-    @property
-    def id(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def predicted(self) -> _Pair: ...
-    @property
-    def measured(self) -> _Pair: ...
-    @property
-    def step_time_error_fraction(self) -> float | None: ...
-    @property
-    def memory_error_fraction(self) -> float | None: ...
-    @property
-    def why_not(self) -> str | None: ...
-
-
-class _Summary(Protocol):
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def num_groups(self) -> int: ...
-    @property
-    def step_time_mean_abs_error(self) -> float | None: ...
-    @property
-    def memory_mean_abs_error(self) -> float | None: ...
-
-
-class ValidationDocument(Protocol):
-    """What is read of a validation document."""
-
-    @property
-    def rows(self) -> Sequence[_ValidationRow]: ...
-    @property
-    def summary(self) -> _Summary: ...
-
 
 MEASURED_WORDS = {"measured": "measured", "rehearsed": "rehearsed (computation replaced by its predicted time)"}
 MAX_RANKS = 16
