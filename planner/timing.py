@@ -11,8 +11,9 @@ import functools
 from typing import NamedTuple
 
 from planner.accuracy import accuracy
+from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.graph import LayerKind, training_flops_per_token
-from planner.kernels import peak_flops_per_second
+from planner.kernels import core_share, peak_flops_per_second
 from planner.layer_time import (
     LayerSeconds,
     layer_seconds,
@@ -26,7 +27,7 @@ from planner.layer_time import (
 from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head
 from planner.schedule import Action, actions, plan_actions
 from planner.software import Software
-from planner.timeline import DeadlockError, Timeline, simulate
+from planner.timeline import DeadlockError, Timeline, bubble_fraction, simulate
 
 __all__ = [
     "LayerSeconds",
@@ -76,7 +77,8 @@ def predict_time(
     program = software or software_of(inputs)
     durations = _durations(inputs, decisions, program)
     p, m = decisions.pipeline_parallel, decisions.num_microbatches
-    ends = _rank_ends(decisions, durations, program.blocking_transfers)
+    shared = _shared_timeline(inputs, decisions, durations) if shares_cores(inputs.cluster, decisions.world_size) else None
+    ends = _last_ends(shared, p) if shared else _rank_ends(decisions, durations, program.blocking_transfers)
     slowest = max(range(p), key=ends.__getitem__)
     step = ends[slowest] + program.step_seconds
     owned: list[list[int]] = [[] for _ in range(p)]
@@ -99,6 +101,9 @@ def predict_time(
     tails = [sum(durations.reduce[i] for i in owned[r]) + durations.optimizer[r] for r in range(p)]
     span = max(end - tail for end, tail in zip(ends, tails, strict=True))
     bubble = 1.0 - sum(m * (f + b) for f, b in zip(forward, backward, strict=True)) / (p * span) if span > 0 else 0.0
+    if shared:
+        bubble = bubble_fraction(shared)
+        breakdown["compute"] = max(0.0, step - sum(seconds for name, seconds in breakdown.items() if name != "compute"))
     return TimePrediction(_time(inputs, decisions, step, bubble, breakdown, num_tokens), forward, backward, breakdown)
 
 
@@ -106,13 +111,9 @@ def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | 
     """The walk of the plan's action lists, event by event."""
     program = software or software_of(inputs)
     durations = _durations(inputs, decisions, program)
-    by_kind = {
-        "F": durations.forward,
-        "B": durations.backward,
-        "I": durations.backward_input,
-        "W": durations.backward_weight,
-        "REDUCE": durations.reduce,
-    }
+    if shares_cores(inputs.cluster, decisions.world_size):
+        return _shared_timeline(inputs, decisions, durations)
+    by_kind = _by_kind(durations)
     lists = plan_actions(decisions)
     optimizer = iter(durations.optimizer)
     optimizers = {id(ranks[-1]): next(optimizer) for ranks in lists}
@@ -141,6 +142,44 @@ def zero_bubble_2p_seconds(inputs: Inputs, decisions: Decisions, software: Softw
     )
     bubble = (p - 1) * max(0.0, forward + backward - 2 * weight)
     return m * (forward + whole) + bubble + max(times.reduce) + max(times.optimizer)
+
+
+def _by_kind(durations: _Durations) -> dict[str, list[float]]:
+    return {
+        "F": durations.forward,
+        "B": durations.backward,
+        "I": durations.backward_input,
+        "W": durations.backward_weight,
+        "REDUCE": durations.reduce,
+    }
+
+
+def _shared_timeline(inputs: Inputs, decisions: Decisions, durations: _Durations) -> Timeline:
+    """The walk where ranks share cores. The durations are those with all ranks computing; alone, each is faster by that share."""
+    cluster = inputs.cluster
+    share = core_share(cluster, cluster.num_gpus)
+    by_kind = _by_kind(durations)
+
+    def demand(rank: int, action: Action) -> Demand:
+        if action.kind == "OPTIMIZER":
+            return Demand(durations.optimizer[rank] / share)
+        seconds = by_kind[action.kind][action.stage]
+        if action.kind == "REDUCE":
+            return Demand(0.0, seconds)
+        wait = 0.0 if action.kind == "W" else min(seconds, durations.communication[action.stage] / 2)
+        return Demand((seconds - wait) / share, wait)
+
+    def transfer(action: Action) -> float:
+        return durations.transfer[action.stage if action.kind == "SEND_F" else action.stage - 1]
+
+    return shared_walk(plan_actions(decisions), demand, transfer, cluster.cores_per_node or 1, placement(cluster, decisions))
+
+
+def _last_ends(timeline: Timeline, num_ranks: int) -> list[float]:
+    ends = [0.0] * num_ranks
+    for event in timeline.events:
+        ends[event.rank] = max(ends[event.rank], event.end)
+    return ends
 
 
 def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Durations:

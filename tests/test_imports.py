@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     {"errors"}, {"documents"}, {"model", "cluster"}, {"plan"}, {"run", "graph", "trace", "schedule"}, {"timeline", "critical_path"},
-    {"software", "accuracy", "network", "kernels", "memory", "communication"}, {"layer_time"}, {"timing", "economics", "calibration"}, {"estimate"}, {"defaults", "explain"},
+    {"contention", "software", "accuracy", "network", "kernels", "memory", "communication"}, {"layer_time"}, {"timing", "economics", "calibration"}, {"estimate"}, {"defaults", "explain"},
     {"solver", "candidates", "reasons"}, {"search"}, {"rows"}, {"export", "compare", "published", "paradigms"}, {"tables", "report"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
