@@ -76,8 +76,9 @@ class StageCompute:
 
     def weights(self, stage: int, microbatch: int) -> None:
         work = deque(self._deferred.pop((stage, microbatch)))
-        while work:
-            work.popleft()()
+        with torch.no_grad():
+            while work:
+                work.popleft()()
 
     def reduce(self, stage: int) -> None:
         for unit in self.stages[stage].units:

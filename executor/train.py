@@ -110,7 +110,9 @@ class Trainer:
 
     def _tied_units(self) -> list[Unit]:
         """The table whose gradients first and last pipeline rank add up."""
-        if not self.plan.inputs.model.tied_embeddings or self.mesh.tied.size == 1:
+        stages = self.plan.decisions.stages
+        shared = stages[0].pipeline_rank == stages[-1].pipeline_rank
+        if not self.plan.inputs.model.tied_embeddings or self.mesh.tied.size == 1 or shared:
             return []
         return [unit for unit in self.units if unit.layout.name == "embedding.tokens"]
 
