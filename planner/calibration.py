@@ -13,11 +13,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from planner.cluster import ClusterSpec, Efficiency, Gpu, Link
+from planner.cluster import ClusterSpec, Gpu, Link
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds
-from planner.model import ModelSpec
+from planner.model import ModelSpec, presets
 from planner.network import Group, all_gather_seconds, all_reduce_seconds, message_seconds, reduce_scatter_seconds
 from planner.plan import Decisions, Inputs, Precision, Training, replace
 
@@ -263,8 +263,6 @@ def _fit_optimizer(cluster: ClusterSpec, points: Sequence[OptimizerPoint]) -> Cl
 
 
 def _optimizer_prediction(cluster: ClusterSpec, point: OptimizerPoint) -> float:
-    from planner.model import presets
-
     any_layer = LayerPoint(presets()["tiny-gpt"], "block", 1, 1, 1, point.precision, 1.0, 1.0)
     return optimizer_seconds(*_one_rank(cluster, any_layer), point.num_parameters)
 
@@ -336,5 +334,3 @@ def _source(residuals: Iterable[Residual]) -> str:
     parts = ", ".join(f"{r.name} {100 * r.mean_error_fraction:.0f} % (worst {100 * r.worst_error_fraction:.0f} %, {r.num_points} points)" for r in residuals)
     return f"measured by plan calibrate; mean error of the fit: {parts}"
 
-
-__all__ = ["Efficiency", "Fit", "Measurements", "Residual", "fit", "minimise"]

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     {"errors"}, {"documents"}, {"model", "cluster"}, {"plan"}, {"run", "graph", "trace", "schedule"}, {"timeline", "critical_path"},
-    {"contention", "software", "accuracy", "network", "kernels", "memory", "communication"}, {"layer_time"}, {"timing", "economics", "calibration"}, {"estimate"}, {"defaults", "explain"},
+    {"contention", "software", "accuracy", "network", "kernels", "memory", "communication"}, {"layer_time"}, {"timing", "economics", "calibration"}, {"correction"}, {"estimate"}, {"defaults", "explain"},
     {"solver", "candidates", "reasons"}, {"search"}, {"rows"}, {"export", "compare", "published", "paradigms"}, {"tables", "report"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {"pulp": {"solver"}, "highspy": {"solver"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
-EXECUTOR_MAY = {"errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "calibration"}
+EXECUTOR_MAY = {"errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "calibration", "correction"}
 
 
 def modules(package: str):

@@ -1,0 +1,224 @@
+"""`python -m executor.calibrate --output cluster.json`: measures this machine, and writes it as a cluster file.
+
+By itself it starts its ranks on this machine and stops them. Under torchrun on several hosts, the ranks that torchrun
+started measure, the link between the hosts too, and the first one writes the file. With `--from RUN --plan PLAN` nothing is
+measured: the plan's cluster is corrected by what the run measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from executor.probe_links import collective_points, message_points
+from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
+from planner.calibration import Measurements, Residual, fit
+from planner.cluster import ClusterSpec
+from planner.correction import correct
+from planner.documents import dumps, write_text
+from planner.errors import InputError, MeshwrightError
+from planner.plan import load_plan, plan_hash, replace
+from planner.run import load_actions, load_run
+
+TIMEOUT_SECONDS = 120.0
+
+
+def main(argv: list[str]) -> int:
+    """Calibrates. Returns the exit status; what went wrong is one line on stderr."""
+    options = _arguments(argv)
+    try:
+        if (options.run is None) != (options.plan is None):
+            missing, given = ("--plan", "--from") if options.plan is None else ("--from", "--plan")
+            raise InputError(missing, None, f"{given} needs it: a run is compared with its plan")
+        if options.run is not None:
+            _correct(options.run, options.plan, options.output)
+        elif "RANK" in os.environ:
+            _rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, options.output)
+        else:
+            _start(options.num_gpus, options.output)
+    except MeshwrightError as error:
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"error: {error}")
+        return error.exit_status
+    return 0
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m executor.calibrate", description="Measures this machine and writes a cluster file.")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks to measure with (default: all GPUs, or 2 processes on CPUs)")
+    parser.add_argument("--from", dest="run", metavar="RUN", help="correct the plan's cluster by this run document")
+    parser.add_argument("--plan", metavar="PLAN", help="the plan of that run")
+    return parser.parse_args(argv)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _start(num_gpus: int | None, output: str) -> None:
+    """Starts the ranks on this machine, waits for them, and stops what is left of them whatever happens."""
+    gpus = torch.cuda.device_count()
+    world = num_gpus or gpus or 2
+    if world < 1 or (gpus and world > gpus):
+        raise InputError("--num-gpus", world, f"1 to {gpus} (the GPUs of this machine) is expected" if gpus else "a positive integer is expected")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [context.Process(target=_spawned, args=(rank, world, store, output), daemon=True) for rank in range(world)]
+        try:
+            for process in processes:
+                process.start()
+            while any(process.is_alive() for process in processes):
+                failed = [process.exitcode for process in processes if process.exitcode]
+                if failed:
+                    raise MeshwrightError("a rank of the calibration failed; its error stands above")
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()
+            for process in processes:
+                process.join(10)
+    if any(process.exitcode for process in processes):
+        raise MeshwrightError("a rank of the calibration failed; its error stands above")
+
+
+def _spawned(rank: int, world: int, store: str, output: str) -> None:
+    try:
+        _rank(rank, world, store, output)
+    except MeshwrightError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_status)
+
+
+def _rank(rank: int, world: int, store: str | None, output: str) -> None:
+    """One rank's part: it measures, and rank 0 fits and writes."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    started = time.perf_counter()
+    backend = "nccl" if cuda else "gloo"
+    where: dict[str, Any] = {} if store is None else {"store": dist.FileStore(store, world), "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS), **where)
+    try:
+        measured = measure(device, local, per_node, _say if rank == 0 else lambda line: None)
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        fitted = fit(measured)
+        report(fitted.residuals)
+        source = f"{fitted.cluster.source}; torch {torch.__version__}, {world} ranks, {time.perf_counter() - started:.0f} s"
+        write_cluster(fitted.cluster, source, output)
+        _say(f"{time.perf_counter() - started:.0f} s; wrote {output}")
+
+
+def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> Measurements:
+    """What every rank measures together; the ranks that find no core of their own wait meanwhile."""
+    world = dist.get_world_size()
+    cuda = device.type == "cuda"
+    cores = None if cuda else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    works = cores is None or local_rank < cores
+    matmuls, memory, layers, optimizer = [], [], [], []
+    say(f"matrix products, memory, layers and optimizer, {min(per_node, cores or per_node)} ranks of a node at once")
+    dist.barrier()
+    if works:
+        matmuls = list(matmul_points(device))
+    dist.barrier()
+    if works:
+        memory, optimizer = list(memory_points(device)), list(optimizer_points(device))
+    for index, shape in enumerate(layer_shapes(device.type)):
+        dist.barrier()
+        if works:
+            layers += list(layer_points(shape, device))
+        say(f"layers {index + 1}/{len(layer_shapes(device.type))}")
+    dist.barrier()
+    say(f"collectives and messages between {world} ranks")
+    collectives = list(collective_points(device, per_node)) if world > 1 else []
+    messages = list(message_points(device, per_node)) if world > 1 else []
+    return Measurements(
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        num_gpus=world,
+        gpus_per_node=per_node,
+        cores_per_node=cores,
+        memory_bytes=_memory_bytes(device, per_node),
+        num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
+        matmuls=tuple(matmuls),
+        memory=tuple(memory),
+        layers=tuple(layers),
+        optimizer=tuple(optimizer),
+        collectives=tuple(collectives),
+        messages=tuple(messages),
+    )
+
+
+def _memory_bytes(device: torch.device, per_node: int) -> int:
+    """Of the GPU, what is free of the driver's share; of a node's memory, a rank's part."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    import psutil
+
+    return int(psutil.virtual_memory().available // per_node)
+
+
+def _processor_name() -> str:
+    """As /proc/cpuinfo says where there is one."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"
+
+
+def report(residuals: tuple[Residual, ...]) -> None:
+    """How well the fitted model gives back what was measured, on stderr."""
+    for residual in residuals:
+        _say(
+            f"  {residual.name:<18} {residual.num_points:>3} points, mean error {100 * residual.mean_error_fraction:5.1f} %, "
+            f"worst {100 * residual.worst_error_fraction:5.1f} %"
+        )
+
+
+def write_cluster(cluster: ClusterSpec, source: str, output: str) -> None:
+    write_text(output, dumps(replace(cluster, source=source)), "--output")
+
+
+def _correct(run_file: str, plan_file: str, output: str) -> None:
+    plan, run = load_plan(plan_file, "--plan"), load_run(run_file, "--from")
+    if run.plan_hash != plan_hash(plan):
+        raise InputError("--from", run_file, "a run of the plan given by --plan is expected: this one ran another plan")
+    if run.rehearsed:
+        raise InputError("--from", run_file, "a run that computed is expected: this one was rehearsed")
+    corrected = correct(plan.inputs, plan.decisions, run, load_actions(run_file, run))
+    before, after = corrected.before, corrected.after
+    measured = run.summary.step_seconds
+    _say(f"step measured {1e3 * measured:.1f} ms")
+    for name, value in (("before", before), ("after", after)):
+        _say(f"  predicted {name:<6} {1e3 * value:.1f} ms, error {100 * (value / measured - 1):+.1f} %")
+    for name, ratio in corrected.ratios.items():
+        _say(f"  {name:<22} measured / predicted {ratio:.3f}")
+    write_cluster(corrected.cluster, f"{plan.inputs.cluster.source}; corrected by a run of {plan.inputs.model.name}".lstrip("; "), output)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

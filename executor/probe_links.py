@@ -1,0 +1,117 @@
+"""Short measurements of the links between ranks: collectives on groups inside a node and across nodes, and messages.
+
+Groups that a run would use at once are measured at once: all pairs of a node together, or one rank of every node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from executor.mesh import Axis
+from planner.calibration import CollectivePoint, MessagePoint
+
+SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+CUDA_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 26)
+BUDGET_SECONDS = 0.12
+
+
+def collective_points(device: torch.device, per_node: int) -> Iterator[CollectivePoint]:
+    """All ranks take part, and get the same points: the mean over the groups of each rank's median."""
+    world = dist.get_world_size()
+    nodes = world // per_node
+    layouts: list[tuple[list[list[int]], bool]] = []
+    if per_node > 2:
+        layouts.append(([[first, first + 1] for first in range(0, world - 1, 2)], True))
+    if per_node > 1:
+        layouts.append(([list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)], True))
+    if nodes > 1:
+        layouts.append(([[place + node * per_node for node in range(nodes)] for place in range(per_node)], False))
+        if per_node > 1:
+            layouts.append(([list(range(world))], False))
+    for groups, inside in layouts:
+        axis = _axis(groups)
+        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+            for size in CUDA_SIZES if device.type == "cuda" else SIZES:
+                yield CollectivePoint(kind, axis.size, size, _agreed(_time_collective(axis, kind, size, device), device), inside)
+
+
+def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint]:
+    """Half of a round trip between neighbours: pairs inside the nodes at once, then first ranks of two nodes."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pairs: list[tuple[list[tuple[int, int]], bool]] = []
+    if per_node > 1:
+        pairs.append(([(first, first + 1) for first in range(0, world - 1, 2)], True))
+    if world > per_node:
+        pairs.append(([(place, place + per_node) for place in range(per_node)], False))
+    for both, inside in pairs:
+        mine = next((pair for pair in both if rank in pair), None)
+        for size in CUDA_SIZES if device.type == "cuda" else SIZES:
+            seconds = _time_messages(mine, size, device) if mine else 0.0
+            yield MessagePoint(size, _agreed(seconds, device), inside)
+
+
+def _axis(groups: list[list[int]]) -> Axis:
+    found = None
+    for ranks in groups:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            found = Axis("probe", tuple(ranks), ranks.index(dist.get_rank()), group)
+    assert found is not None
+    return found
+
+
+def _agreed(seconds: float, device: torch.device) -> float:
+    """The mean of all ranks that measured."""
+    both = torch.tensor([seconds, float(seconds > 0)], dtype=torch.float64, device=device)
+    dist.all_reduce(both)
+    return float(both[0] / both[1])
+
+
+def _time_collective(axis: Axis, kind: str, size: int, device: torch.device) -> float:
+    count = size // 4 // axis.size * axis.size
+    whole, part = torch.ones(count, device=device), torch.ones(count // axis.size, device=device)
+    call: Callable[[], Any] = {
+        "all_reduce": lambda: axis.all_reduce(whole.fill_(1.0)),
+        "all_gather": lambda: axis.all_gather(whole, part),
+        "reduce_scatter": lambda: axis.reduce_scatter(part, whole),
+    }[kind]
+    return _median(call, device)
+
+
+def _time_messages(pair: tuple[int, int], size: int, device: torch.device) -> float:
+    first = dist.get_rank() == pair[0]
+    other = pair[1] if first else pair[0]
+    tensor = torch.ones(size // 4, device=device)
+
+    def trip() -> None:
+        for sends in (first, not first):
+            work = dist.isend(tensor, other) if sends else dist.irecv(torch.empty_like(tensor), other)
+            assert work is not None
+            work.wait()
+
+    return _median(trip, device) / 2
+
+
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    """Of calls for about BUDGET_SECONDS; the count is agreed on, since all ranks of the group must take part."""
+    _once(call, device)
+    first = min(_once(call, device) for _ in range(2))
+    count = torch.tensor([max(4.0, min(200.0, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
+    dist.all_reduce(count, dist.ReduceOp.MIN)
+    found = sorted(_once(call, device) for _ in range(int(count)))
+    return found[len(found) // 2]
+
+
+def _once(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

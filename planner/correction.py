@@ -1,0 +1,147 @@
+"""A cluster's constants corrected by what one run measured, so that predict, run, correct, predict converges."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from planner.cluster import ClusterSpec, Efficiency, Link
+from planner.network import axis_group
+from planner.plan import Axis, Decisions, Inputs, replace
+from planner.run import Run
+from planner.timeline import Event, Timeline
+from planner.timing import predict_time, predict_timeline
+
+BOUNDS = (0.05, 20.0)
+"""A constant that a run puts outside these factors is not what is wrong, so it is moved no further."""
+
+
+class Correction(NamedTuple):
+    """The corrected cluster, the step's prediction before and after in seconds, and each part's measured over predicted time."""
+
+    cluster: ClusterSpec
+    before: float
+    after: float
+    ratios: dict[str, float]
+
+
+def correct(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline | None) -> Correction:
+    """Corrects compute, reduction, optimizer, messages and the fixed cost of a step by their own ratios, as far as the
+    timeline shows them; without one, all compute by the ratio of the steps.
+
+    The timeline is of one step: its times are scaled to the run's median step.
+    """
+    before = predict_time(inputs, decisions).time.step_seconds or 0.0
+    measured = run.summary.step_seconds
+    if timeline is None or not timeline.events:
+        ratios = {"compute": measured / before} if before else {}
+        cluster = _scaled(inputs.cluster, decisions, ratios)
+    else:
+        last = run.steps[-1].seconds
+        ratios = _ratios(inputs, decisions, run, timeline, measured / last if last > 0 else 1.0)
+        cluster = _scaled(inputs.cluster, decisions, ratios)
+        fixed = max(0.0, last - timeline.end)
+        cluster = replace(cluster, efficiency=replace(cluster.efficiency, step_seconds=fixed))
+    after = predict_time(replace(inputs, cluster=cluster), decisions).time.step_seconds or 0.0
+    return Correction(cluster, before, after, ratios)
+
+
+def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, to_median: float) -> dict[str, float]:
+    predicted = predict_timeline(inputs, decisions)
+    copies = decisions.data_parallel * decisions.tensor_parallel
+    found: dict[str, float] = {}
+    for name, kinds in (("forward", "F"), ("backward", "BIW"), ("reduction", ("REDUCE",)), ("optimizer", ("OPTIMIZER",))):
+        expected = sum(_durations(predicted.events, kinds)) * copies
+        seen = sum(_durations(timeline.events, kinds)) * to_median
+        if expected > 0 and seen > 0:
+            found[name] = _bounded(seen / expected)
+    transits = _transits(timeline, run)
+    expected_transits = [event.end - event.start for event in _messages(predicted)]
+    if transits and expected_transits:
+        found["messages"] = _bounded(statistics.median(transits) * to_median / statistics.median(expected_transits))
+    return found
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, BOUNDS[0]), BOUNDS[1])
+
+
+def _durations(events: Iterable[Event], kinds: str | tuple[str, ...]) -> list[float]:
+    return [event.end - event.start for event in events if event.kind in kinds]
+
+
+def _messages(timeline: Timeline, places: dict[int, tuple[int, int]] | None = None) -> list[Event]:
+    """Each message from the start of its send to the end of its receive, where the receiver was waiting by then."""
+    sends = {
+        (event.kind[-1], event.stage + (1 if event.kind == "SEND_F" else -1), event.microbatch, places[event.rank] if places else None): event
+        for event in timeline.events
+        if event.kind.startswith("SEND")
+    }
+    found = []
+    for event in timeline.events:
+        if not event.kind.startswith("RECV"):
+            continue
+        sent = sends.get((event.kind[-1], event.stage, event.microbatch, places[event.rank] if places else None))
+        if sent is not None and event.start <= sent.start < event.end:
+            found.append(event._replace(start=sent.start))
+    return found
+
+
+def _transits(timeline: Timeline, run: Run) -> list[float]:
+    places = {rank.rank: (rank.coordinates.dp, rank.coordinates.tp) for rank in run.ranks}
+    return [event.end - event.start for event in _messages(timeline, places)]
+
+
+def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]) -> ClusterSpec:
+    efficiency = cluster.efficiency
+    both = ratios.get("compute", 1.0)
+    forward, backward = ratios.get("forward", both), ratios.get("backward", both)
+    scales = {
+        f"{kind}.{name}": efficiency.layer_scale.get(f"{kind}.{name}", 1.0) * ratio
+        for kind in ("embedding", "block", "head")
+        for name, ratio in (("forward", forward), ("backward", backward))
+    }
+    efficiency = replace(efficiency, layer_scale=scales, optimizer_scale=efficiency.optimizer_scale * ratios.get("optimizer", 1.0))
+    cluster = replace(cluster, efficiency=efficiency)
+    if decisions.tensor_parallel > 1:
+        cluster = _slower_collectives(cluster, decisions, "tp", (forward + backward) / 2)
+    if "reduction" in ratios and decisions.data_parallel > 1:
+        cluster = _slower_collectives(cluster, decisions, "dp", ratios["reduction"])
+    if "messages" in ratios:
+        cluster = _slower_messages(cluster, decisions, ratios["messages"])
+    return cluster
+
+
+def _slower_collectives(cluster: ClusterSpec, decisions: Decisions, axis: Axis, ratio: float) -> ClusterSpec:
+    """Collectives over the links of an axis take `ratio` times as long."""
+    inside = axis_group(cluster, decisions, axis).nodes == 1
+    share, latency = ("collective", "collective_latency") if inside else ("inter_node_collective", "inter_node_collective_latency")
+    cluster, wanted = _room(cluster, inside, getattr(cluster.efficiency, share) / ratio, share)
+    changes = {share: wanted, latency: getattr(cluster.efficiency, latency) * ratio}
+    return replace(cluster, efficiency=replace(cluster.efficiency, **changes))
+
+
+def _slower_messages(cluster: ClusterSpec, decisions: Decisions, ratio: float) -> ClusterSpec:
+    """Messages take `ratio` times as long; collectives stay as they are."""
+    inside = axis_group(cluster, decisions, "pp").nodes == 1
+    name, prefix = ("intra_node", "") if inside else ("inter_node", "inter_node_")
+    link: Link = getattr(cluster, name)
+    latency = f"{prefix}collective_latency"
+    efficiency = replace(cluster.efficiency, **{latency: getattr(cluster.efficiency, latency) / ratio})
+    cluster = replace(cluster, efficiency=efficiency, **{name: replace(link, latency_seconds=link.latency_seconds * ratio)})
+    cluster, wanted = _room(cluster, inside, cluster.efficiency.point_to_point / ratio, "point_to_point")
+    return replace(cluster, efficiency=replace(cluster.efficiency, point_to_point=wanted))
+
+
+def _room(cluster: ClusterSpec, inside: bool, wanted: float, name: str) -> tuple[ClusterSpec, float]:
+    """Where a share of the link's bandwidth would exceed 1, the link is faster instead, and the other shares are less."""
+    if wanted <= 1.0:
+        return cluster, wanted
+    link_name = "intra_node" if inside else "inter_node"
+    link: Link = getattr(cluster, link_name)
+    shares = {"collective", "point_to_point"} if inside else {"inter_node_collective"}
+    others = {share: getattr(cluster.efficiency, share) / wanted for share in shares - {name}}
+    efficiency: Efficiency = replace(cluster.efficiency, **others)
+    faster = replace(link, bandwidth_bytes_per_second=link.bandwidth_bytes_per_second * wanted)
+    return replace(cluster, efficiency=efficiency, **{link_name: faster}), 1.0
