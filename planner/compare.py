@@ -39,7 +39,7 @@ _NAMES = {
     "forward": "a stage's forward pass of one micro-batch",
     "backward": "a stage's backward pass of one micro-batch",
     "message": "a message between neighbouring stages",
-    "reduction": "a rank's gradient reduction",
+    "reduction": "a rank's gradient reduction (waiting for the other ranks included)",
     "optimizer": "a rank's optimizer step",
 }
 
@@ -80,7 +80,7 @@ class Comparison(Document, kw_only=True):
     """The constants by how much they move the predicted step, largest first; empty without a measured timeline."""
 
 
-def compare(plan: Plan, run: Run, dry_run: DryRun | None = None, *, tolerance: float | None = None, actions: Timeline | None = None) -> Comparison:
+def compare(plan: Plan, run: Run, dry_run: DryRun | None = None, tolerance: float | None = None, actions: Timeline | None = None) -> Comparison:
     """The comparison of a plan's predictions with a run of it, and with a dry run where there is one.
 
     `actions` is the run's timeline (`planner.run.load_actions`); with it the comparison names the constants that are off.

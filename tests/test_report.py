@@ -120,7 +120,7 @@ def test_capacity_is_drawn_where_it_is_near():
 def test_pipeline_chart_shows_predicted_above_measured_on_one_axis(plan, page):
     chart = page.charts[1]
     titles = [note["text"] for note in chart["layout"]["annotations"]]
-    assert titles[0].startswith("predicted (bubble ") and titles[1].startswith("measured (bubble ")
+    assert titles[0].startswith("predicted (bubble ") and titles[1].startswith("measured, last step (bubble ")
     assert chart["layout"]["yaxis"]["domain"][0] > chart["layout"]["yaxis2"]["domain"][1]
     assert chart["layout"]["xaxis"]["matches"] == "x2"
     forwards = [trace for trace in bars(chart) if trace["name"] == "forward"]
@@ -166,6 +166,20 @@ def test_losses_and_step_seconds(plan, page):
     assert loss["data"][0]["y"] == [step.loss for step in run.steps]
     seconds = next(chart for chart in page.charts if chart["layout"]["yaxis"]["title"].get("text", "").startswith("step time"))
     assert bars(seconds)[0]["y"] == pytest.approx([step.seconds * 1e3 for step in run.steps])
+
+
+def test_a_slow_first_step_does_not_flatten_the_others():
+    figure = figures.step_seconds_figure([0, 1, 2], [9.0, 0.1, 0.12], 0.1, None)
+    assert figure.layout.yaxis.range[1] == pytest.approx(150) and figure.layout.annotations[0].text == "9,000 ms"
+    assert figures.step_seconds_figure([0, 1, 2], [0.15, 0.1, 0.12], 0.1, None).layout.yaxis.range is None
+
+
+def test_measured_time_starts_at_the_first_forward_pass():
+    plan = make_plan("tiny-gpt", pp=2)
+    run, actions = make_run(plan)
+    late = Timeline(source="measured", events=tuple(event._replace(start=event.start + 3.0, end=event.end + 3.0) for event in actions.events))
+    chart = Page(report(plan, run, measured=late)).charts[1]
+    assert min(start for trace in bars(chart) for start in trace["base"]) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_rehearsal_is_labelled_and_its_memory_and_losses_left_out(plan):

@@ -188,7 +188,7 @@ def gantt_figure(lanes: Sequence[Lane]) -> tuple[go.Figure, bool]:
     _layout(figure, 120 + 26 * sum(rows) + 50 * (len(shown) - 1) if sum(rows) <= 40 else 1000, barmode="overlay")
     figure.update_layout(bargap=0.15, margin={"t": 56, "l": 90}, legend={"y": 1.0, "yref": "container", "yanchor": "top"})
     figure.update_xaxes(range=[0, end / unit.size * 1.005 or 1])
-    figure.update_xaxes(title_text=f"time from the start of the step ({unit.name})", row=len(shown), col=1)
+    figure.update_xaxes(title_text=f"time from the first forward pass ({unit.name})", row=len(shown), col=1)
     figure.update_annotations(font={"size": 13.5, "color": INK}, x=0, xanchor="left")
     return figure, complete
 
@@ -217,8 +217,11 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float | None]) -> go.Figu
 def step_seconds_figure(
     steps: Sequence[int], seconds: Sequence[float], predicted: float | None, interval: tuple[float, float] | None, source: str = "measured"
 ) -> go.Figure:
-    """Seconds of each step of a run, with the prediction and its interval."""
-    unit = second_unit([*seconds, predicted or 0.0])
+    """Seconds of each step of a run, with the prediction and its interval.
+
+    A first step that takes more than three times as long as the others, as warm-up does, is cut off, and its time written on it.
+    """
+    unit = second_unit([*seconds[1:], predicted or 0.0])
     figure = go.Figure()
     figure.add_bar(x=list(steps), y=[value / unit.size for value in seconds], name=source, marker={"color": MEASURED, "opacity": 0.85})
     if predicted is not None:
@@ -228,6 +231,11 @@ def step_seconds_figure(
         figure.add_hrect(y0=interval[0] / unit.size, y1=interval[1] / unit.size, fillcolor=PREDICTED, opacity=0.12, line_width=0)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text=f"step time ({unit.name})", rangemode="tozero")
+    rest = max([*seconds[1:], predicted or 0.0, interval[1] if interval else 0.0], default=0.0)
+    if len(seconds) > 1 and seconds[0] > 3 * rest > 0:
+        figure.update_yaxes(range=[0, 1.25 * rest / unit.size])
+        text = f"{seconds[0] / unit.size:,.0f} {unit.name}"
+        figure.add_annotation(x=steps[0], y=1, yref="paper", text=text, showarrow=False, yanchor="top", font={"color": "white", "size": 11})
     return _layout(figure, 300)
 
 

@@ -12,7 +12,7 @@ from planner.report.figures import Lane, MemoryBar
 from planner.report.page import Section, bullets, paragraphs, table
 from planner.report.text import MISSING, percent, show_bytes, show_count, show_seconds, signed_percent
 from planner.run import DryRun, Run, RunRank
-from planner.timeline import Timeline, bubble_fraction
+from planner.timeline import Timeline, bubble_fraction, window
 
 MEASURED_WORDS = {"measured": "measured", "rehearsed": "rehearsed (computation replaced by its predicted time)"}
 MAX_RANKS = 16
@@ -133,7 +133,7 @@ def pipeline(plan: Plan, run: Run | None, simulated: Timeline | None, measured: 
         chosen = _one_replica(run, measured)
         shown = Timeline(source=measured.source, events=tuple(event for event in measured.events if event.rank in chosen))
         words = MEASURED_WORDS.get(measured.source, measured.source)
-        lanes.append(Lane(f"{words} (bubble {percent(bubble_fraction(shown))})", _from_zero(shown), chosen))
+        lanes.append(Lane(f"{words}, last step (bubble {percent(bubble_fraction(measured))})", _from_zero(shown), chosen))
     if not lanes:
         return None
     figure, complete = figures.gantt_figure(lanes)
@@ -158,8 +158,8 @@ def _one_replica(run: Run | None, measured: Timeline) -> dict[int, str]:
 
 
 def _from_zero(timeline: Timeline) -> Timeline:
-    """The timeline with its first action at time 0."""
-    first = min((event.start for event in timeline.events), default=0.0)
+    """The timeline with its first forward pass at time 0."""
+    first, _ = window(timeline)
     events = tuple(event._replace(start=event.start - first, end=event.end - first) for event in timeline.events)
     return Timeline(source=timeline.source, events=events)
 

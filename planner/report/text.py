@@ -29,6 +29,8 @@ def second_unit(values: Iterable[float]) -> Unit:
 def show_bytes(value: float | None) -> str:
     if value is None:
         return MISSING
+    if value == 0:
+        return "0 B"
     unit = byte_unit([abs(value)])
     return f"{value / unit.size:,.2f} {unit.name}"
 
