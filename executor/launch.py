@@ -19,10 +19,11 @@ from executor.measure import Record, StorageTracker, environment, peak_rss_bytes
 from executor.mesh import Mesh, coordinates_of, make_mesh
 from executor.model import check_model
 from executor.optimizer import OptimizerOptions
+from executor.rehearse import Rehearsal, script
 from executor.train import RunOptions, StepFigures, Trainer, progress_line, stderr_progress, train
 from planner.documents import dumps, write_text
 from planner.errors import InputError, MeshwrightError
-from planner.plan import Plan, load_plan, plan_hash
+from planner.plan import Plan, load_plan, plan_hash, replace
 from planner.run import Coordinates, Run, RunRank, Step, Summary
 from planner.timeline import Event, Timeline, bubble_fraction, bubble_fractions, busy_seconds
 
@@ -43,6 +44,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip-norm", type=float, default=1.0, help="global gradient norm to clip to; 0: no clipping")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a collective (default 600)")
     options = parser.parse_args(argv)
     for name, low, high in (("steps", 1, 10**9), ("seed", 0, 2**40), ("warmup_steps", 0, 10**9), ("decay_steps", 0, 10**9)):
@@ -90,8 +92,11 @@ def main(argv: list[str]) -> int:
     try:
         options = arguments(argv)
         plan = load_plan(options.plan)
-        check_model(plan.inputs.model, options.plan)
-        run(plan, options)
+        if options.rehearse:
+            run_rehearsal(plan, options)
+        else:
+            check_model(plan.inputs.model, options.plan)
+            run(plan, options)
     except MeshwrightError as error:
         if rank == 0:
             stderr_progress(f"error: {error}")
@@ -138,6 +143,31 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         write_text(options.output, dumps(run_document))
     if mesh.world_size > 1:
         dist.barrier()
+
+
+def run_rehearsal(plan: Plan, options: argparse.Namespace) -> None:
+    """Rehearses, and writes the run document on rank 0: no losses, and no memory."""
+    device = torch.device("cpu")
+    training = plan.inputs.training
+    rank = start_process_group(plan, device, options.timeout)
+    mesh = make_mesh(plan.decisions, rank, timeout_seconds=options.timeout)
+    lines = script(plan)
+    rehearsal = Rehearsal(plan, mesh, lines)
+    num_tokens = training.global_batch_size * training.sequence_length
+    figures = []
+    for step in range(options.steps):
+        mesh.sent_bytes.clear()
+        figures.append(StepFigures(step, 0.0, 0.0, rehearsal.step(), 0.0))
+        if rank == 0:
+            stderr_progress(f"rehearsed step {step + 1}/{options.steps}  {figures[-1].seconds * 1e3:.0f} ms at {lines.scale:.3g} x the predicted times")
+    document = collect(
+        plan, mesh, rehearsal.recorder.records(), StorageTracker(), dict(mesh.sent_bytes), figures, device, options.output, rehearsed=True
+    )
+    if document is not None and options.output:
+        run_document, timeline = document
+        run_document = replace(run_document, environment={**run_document.environment, "rehearsal_scale": lines.scale})
+        write_text(actions_path(options.output), compact(timeline))
+        write_text(options.output, dumps(run_document))
 
 
 def actions_path(output: str) -> str:
