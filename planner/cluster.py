@@ -66,6 +66,8 @@ class Efficiency(Document, kw_only=True):
     """Factor on the time of a matrix product whose sizes are no multiples of 16 bytes, where a GPU has tensor cores."""
     kernel_seconds: float = 0.0
     """Least time of a kernel: its launch and its ramp."""
+    jitter: float = 0.0
+    """Standard deviation of a node's time for a step, as a share of it: a step waits for the slowest node."""
     time_scale: float = 1.0
     """Fitted: measured over predicted compute time on this cluster. 1 where nothing was fitted."""
     layer_scale: dict[str, float] = {}

@@ -6,7 +6,7 @@ A kernel takes as long as the slower of its arithmetic and its memory traffic, a
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, log, sqrt
 
 from planner.cluster import ClusterSpec
 from planner.plan import Precision
@@ -29,8 +29,8 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     """Time of `batch` products of a (rows x depth) with a (depth x columns) matrix.
 
     Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, times (depth + d0)/depth for the
-    prologue and epilogue of each tile (d0 = `efficiency.matmul_depth_overhead`), times the idle share of the last wave
-    of tiles over the multiprocessors. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication
+    prologue and epilogue of each tile (d0 = `efficiency.matmul_depth_overhead`), times the share of the
+    multiprocessors that a product of few 128 x 128 tiles leaves idle. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication
     guide); others cost `efficiency.matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
     """
     if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
@@ -41,20 +41,12 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     arithmetic = 2.0 * rows * columns * depth * batch / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
     arithmetic *= (depth + efficiency.matmul_depth_overhead) / depth
     if gpu.num_multiprocessors:
-        arithmetic *= _wave_factor(rows, columns, batch, gpu.num_multiprocessors)
+        tiles = ceil(rows / 128) * ceil(columns / 128) * batch
+        if tiles < gpu.num_multiprocessors:
+            arithmetic *= gpu.num_multiprocessors / tiles
         if depth % 8 or columns % 8:
             arithmetic *= efficiency.matmul_misaligned
     return max(arithmetic, traffic) + efficiency.kernel_seconds
-
-
-def _wave_factor(rows: float, columns: float, batch: float, units: int) -> float:
-    """Time of whole waves of tiles over time of the tiles that are there; the better of the two usual tile shapes."""
-    best = 4.0
-    for tile_rows, tile_columns in ((128, 256), (128, 128)):
-        tiles = ceil(rows / tile_rows) * ceil(columns / tile_columns) * batch
-        exact = rows * columns * batch / (tile_rows * tile_columns)
-        best = min(best, ceil(tiles / units) * units / exact)
-    return best
 
 
 def elementwise_seconds(cluster: ClusterSpec, num_bytes: float, num_kernels: int = 1) -> float:
@@ -70,3 +62,9 @@ def core_share(cluster: ClusterSpec, num_ranks: int) -> float:
     if not cluster.cores_per_node:
         return 1.0
     return max(1.0, min(num_ranks, cluster.gpus_per_node) / cluster.cores_per_node)
+
+
+def slowest_node_factor(cluster: ClusterSpec) -> float:
+    """Time of the slowest of n nodes over the mean: 1 + sigma·sqrt(2·ln n), the expected maximum of n normal variables."""
+    nodes = cluster.num_nodes
+    return 1.0 + cluster.efficiency.jitter * sqrt(2.0 * log(nodes)) if nodes > 1 else 1.0

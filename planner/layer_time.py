@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from planner.cluster import ClusterSpec
 from planner.graph import LayerKind
-from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, matmul_seconds, peak_flops_per_second
+from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, matmul_seconds, peak_flops_per_second, slowest_node_factor
 from planner.model import ModelSpec
 from planner.network import (
     Group,
@@ -77,10 +77,12 @@ def timed_layer(
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
     efficiency = inputs.cluster.efficiency
     scale = efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
+    scale *= slowest_node_factor(inputs.cluster)
     forward_scale = scale * efficiency.layer_scale.get(f"{kind}.forward", 1.0)
     backward_scale = scale * efficiency.layer_scale.get(f"{kind}.backward", 1.0)
-    sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)
+    sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward) / program.tensor_parallel_bandwidth
     returned = _backward_communication(parts.communication_backward, decisions.sequence_parallel, program.overlap_tensor_backward)
+    returned /= program.tensor_parallel_bandwidth
     forward = (parts.matmul + parts.elementwise + parts.core) * forward_scale + sent + program.host_seconds
     weight = parts.backward_weight * backward_scale
     backward = parts.backward_input * backward_scale + returned + program.host_seconds

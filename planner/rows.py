@@ -40,7 +40,8 @@ PROGRAMS: tuple[tuple[str, str], ...] = (
     (r"deepspeed.*zero-?3|zero-?3.*deepspeed", "deepspeed-zero3"),
     (r"2304\.11277|pytorch fsdp", "fsdp-paper"),
     (r"tinyllama|lit-?gpt", "lit-gpt"),
-    (r"gpt-neox|megatron-turing|mt-?nlg", "megatron-deepspeed"),
+    (r"gpt-neox", "gpt-neox"),
+    (r"megatron-turing|mt-?nlg", "megatron-deepspeed"),
     (r"nanotron|picotron", "nanotron"),
 )
 
@@ -254,6 +255,18 @@ class _Reader:
         if rate is not None:
             changes["inter_node"] = Link(
                 bandwidth_bytes_per_second=rate, latency_seconds=cluster.inter_node.latency_seconds, source="the row"
+            )
+        network = str(self.cluster_facts.get("inter_node") or "").lower()
+        if re.search(r"infiniband|\b(h|n|e)dr\b|\bib\b", network):
+            # A network of its own, without the congestion of Ethernet: half the jitter, by assumption.
+            changes["efficiency"] = msgspec.structs.replace(cluster.efficiency, jitter=0.5 * cluster.efficiency.jitter)
+        elif "omni" in network:
+            # Omni-Path's host-driven transfers reach less with GPU buffers; by assumption.
+            share = 0.65
+            changes["efficiency"] = msgspec.structs.replace(
+                cluster.efficiency,
+                inter_node_collective=share * cluster.efficiency.inter_node_collective,
+                point_to_point=share * cluster.efficiency.point_to_point,
             )
         if "a800" in name:
             changes["intra_node"] = msgspec.structs.replace(cluster.intra_node, bandwidth_bytes_per_second=200e9, source="A800: NVLink at 400 GB/s")

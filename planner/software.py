@@ -51,6 +51,8 @@ class Software(Document, kw_only=True):
     """Share of the forward pass's tensor-parallel communication that hides behind matrix products."""
     overlap_tensor_backward: float = 0.0
     """The same of the backward pass, where the products for the weights can run beside it."""
+    tensor_parallel_bandwidth: float = 1.0
+    """Share of the group's bandwidth that its tensor-parallel collectives reach."""
     blocking_transfers: bool = False
     """Whether a rank waits for its sends and receives between stages, or computes meanwhile."""
     scatter_transfers: bool = False
