@@ -54,6 +54,8 @@ footer { color: MUTED; font-size: 13px; margin-top: 20px; }
 @media print {
   body { background: #fff; font-size: 12px; } main { padding: 0; max-width: none; }
   section, .tile { border-color: #ccc; margin-top: 10px; }
+  .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px; margin-top: 6px; } .tile { padding: 6px 10px; margin: 0; }
+  .tile .value { font-size: 17px; } .verdict { font-size: 13px; }
 }
 """
 _SCRIPT = """
