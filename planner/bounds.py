@@ -17,16 +17,21 @@ of several, so it holds for all cuts. The paths:
   trips of W + 2 (p - 1) c.
 - *Naive* has one path: m (W + 2 (p - 1) c).
 
-`can_hold` asks how many blocks the memory of the ranks can hold, each at its smallest level.
+Memory: `rank_rooms` says how many blocks a rank can hold and in which time, with blocks divisible; `least_work` is then W
+with the recomputation that memory forces, and `never_idle_bound` the first bound with both.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from planner.chain import Costs, Layer
 from planner.layer_time import LayerSeconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Recompute
+from planner.solver import Piece
 
 
 def whole_seconds(seconds: dict[Layer, LayerSeconds], num_blocks: int, levels: tuple[Recompute, ...]) -> float:
@@ -40,49 +45,188 @@ def busy_bound(decisions: Decisions, whole: float) -> float:
     return decisions.num_microbatches * whole / decisions.pipeline_parallel
 
 
-def schedule_bound(
-    decisions: Decisions, whole: float, least_forward: float, least_stage: float, message: float
-) -> float:
-    """A lower bound without reduction and optimizer. `least_forward` and `least_stage` are the least f_s and w_s."""
-    p, m = decisions.pipeline_parallel, decisions.num_microbatches
+class Least(NamedTuple):
+    """The least seconds of a stage: the first holds the embedding, all others but the last at least one block."""
+
+    first_forward: float
+    first_backward: float
+    forward: float
+    backward: float
+    message: float
+
+    def fill(self, rank: int, backward: bool) -> float:
+        """Of the stages before `rank`, and the messages between them, down and with `backward` up again."""
+        if rank == 0:
+            return 0.0
+        down = self.first_forward + (rank - 1) * self.forward + rank * self.message
+        return down + (self.first_backward + (rank - 1) * self.backward + rank * self.message if backward else 0.0)
+
+
+def least_stages(costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...]) -> Least:
+    seconds = costs.seconds(decisions)
+    fastest = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
+    first = seconds["embedding", "none"]
+    return Least(first.forward, first.backward, fastest.forward, fastest.backward, costs.least_message(decisions))
+
+
+def schedule_bound(decisions: Decisions, whole: float, least: Least, whole_weight: float = 0.0) -> float:
+    """A lower bound without reduction and optimizer. `whole_weight` is the share of W that weight gradients take."""
+    p, m, v = decisions.pipeline_parallel, decisions.num_microbatches, decisions.num_virtual_stages
     if p == 1:
         return m * whole
+    split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
+    hops = 2 * (p - 1) if decisions.schedule == "ZBVZeroBubble" else p * v - 1
+    alone = whole - (whole_weight if split else 0.0) + 2 * hops * least.message
     if decisions.schedule == "Naive":
-        return m * (whole + 2 * (p - 1) * message)
-    filled = whole * (m + p - 1) / p
+        return m * alone
+    filled = whole * (m + p - 1) / p + 2 * (p - 1) * least.message
     if decisions.schedule == "GPipe":
-        return filled + 2 * (p - 1) * message
+        return filled
     if decisions.schedule == "1F1B":
-        trips = math.ceil(m / p) * (whole + 2 * (p - 1) * message)
-        return max(trips, filled + 2 * (p - 1) * message) if m > p else max(trips, whole * (1 + (m - 1) / (2 * p)))
-    each = least_forward + message if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else least_stage + 2 * message
-    return m * whole / p + each * (p - 1) / 2
+        return max(math.ceil(m / p) * alone, filled if m > p else whole * (1 + (m - 1) / (2 * p)))
+    return max(alone, m * whole / p + sum(least.fill(rank, not split) for rank in range(p)) / p)
 
 
-def tail_bound(pipeline_rank_parameters: float, stages_per_rank: int, pieces: tuple[tuple[float, float], ...], optimizer: tuple[float, float]) -> float:
-    """Reduction and optimizer of a rank that holds the mean number of parameters: a mean over ranks is at least that."""
-    reduction = max((slope * pipeline_rank_parameters + stages_per_rank * intercept for slope, intercept in pieces), default=0.0)
-    return reduction + optimizer[0] * pipeline_rank_parameters + optimizer[1]
+class RankRoom(NamedTuple):
+    """What a rank can hold, as the lower hull of (blocks, seconds of one micro-batch) over the recompute levels."""
+
+    hull: tuple[tuple[float, float], ...]
+    """From no blocks to the most that fit, slopes increasing."""
+    seconds: float
+    """Of one micro-batch through the embedding or head, where the rank has them."""
+    parameters: float
+    """Of those."""
 
 
-def can_hold(costs: Costs, decisions: Decisions, in_flight: tuple[tuple[int, ...], ...], levels: tuple[Recompute, ...]) -> bool:
-    """False where the memory of all ranks together can't hold the blocks: a proof that nothing fits.
+def rank_rooms(
+    costs: Costs, decisions: Decisions, in_flight: Sequence[tuple[float, float, float]], levels: tuple[Recompute, ...]
+) -> list[RankRoom] | None:
+    """What each rank can hold, or None where one can't hold its embedding or head.
 
-    `in_flight` holds for each rank the micro-batches of each of its stages at its fullest moment.
+    `in_flight` holds for each rank the micro-batches that a block, the embedding and the head have in flight at the least.
+    Blocks are taken as divisible, and of the transients only the least counts, so nothing that fits is left out.
     """
-    needs = costs.bytes(decisions)
-    least = min(needs["block", level].saved for level in levels)
+    needs, seconds, limit = costs.bytes(decisions), costs.seconds(decisions), costs.limit(decisions)
+    states = needs["block", "none"].states
     transient = min(needs["block", level].backward_transient for level in levels)
-    states, limit = needs["block", "none"].states, costs.limit(decisions)
-    embedding, head = needs["embedding", "none"], needs["head", "none"]
-    room = 0.0
-    for rank, counts in enumerate(in_flight):
-        free = limit - transient
-        if rank == 0:
-            free -= embedding.states + embedding.saved
-        if rank == (0 if decisions.schedule == "ZBVZeroBubble" else len(in_flight) - 1):
-            free -= head.states + head.saved
-        each = states + min(counts) * least
-        if free > 0:
-            room += math.floor(free / each + 1e-9) if each > 0 else math.inf
-    return room >= costs.inputs.model.num_layers
+    if decisions.num_virtual_stages > 1:  # the mean is over moments of any stage in either direction
+        transient = min(min(need.forward_transient, need.backward_transient) for need in needs.values())
+    last = 0 if decisions.schedule == "ZBVZeroBubble" else len(in_flight) - 1
+    rooms = []
+    for rank, (flight, embedding_flight, head_flight) in enumerate(in_flight):
+        free, fixed, parameters = limit, 0.0, 0.0
+        for kind, place, count in (("embedding", 0, embedding_flight), ("head", last, head_flight)):
+            if rank == place:
+                need, time = needs[kind, "none"], seconds[kind, "none"]  # type: ignore[index]
+                free -= need.states + count * need.saved
+                fixed += time.forward + time.backward
+                parameters += costs.parameters(decisions, kind)  # type: ignore[arg-type]
+        if free < 0:
+            return None
+        free -= transient
+        points = []
+        for level in levels:
+            each = states + flight * needs["block", level].saved
+            time = seconds["block", level]
+            count = max(free, 0.0) / each if each > 0 else math.inf
+            points.append((min(count, costs.inputs.model.num_layers), time.forward + time.backward))
+        rooms.append(RankRoom(_hull(points), fixed, parameters))
+    return rooms
+
+
+def _hull(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The lower hull from (0, 0) through (count, count * seconds each)."""
+    hull = [(0.0, 0.0)]
+    left = [(count, count * each) for count, each in points if count > 0]
+    while True:
+        at, taken = hull[-1]
+        further = [(count, total) for count, total in left if count > at]
+        if not further:
+            return tuple(hull)
+        hull.append(min(further, key=lambda item: ((item[1] - taken) / (item[0] - at), -item[0])))
+
+
+class Tail(NamedTuple):
+    """Reduction and optimizer of a rank: seconds per parameter, and the part that doesn't depend on them."""
+
+    slope: float
+    intercept: float
+
+
+def tail_of(costs: Costs, decisions: Decisions) -> tuple[Tail, ...]:
+    """Lower bounds on the tail of a rank, the largest of which counts."""
+    optimizer = costs.optimizer_piece(decisions)
+    return tuple(
+        Tail(piece.slope + optimizer.slope, piece.intercept * decisions.num_virtual_stages + optimizer.intercept)
+        for piece in costs.reduce_pieces(decisions) or (Piece(0.0, 0.0),)
+    )
+
+
+def mean_tail(tails: Sequence[Tail], parameters: float) -> float:
+    """Of a rank with the mean number of parameters: the mean over the ranks is at least that, since the tail is convex."""
+    return max(tail.slope * parameters + tail.intercept for tail in tails)
+
+
+def least_work(rooms: Sequence[RankRoom], num_blocks: int) -> float:
+    """Least seconds of one micro-batch through all layers, recomputation that memory forces included; infinite if none fit."""
+    segments = sorted(
+        ((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0]) for room in rooms for a, b in itertools.pairwise(room.hull)
+    )
+    total, left = sum(room.seconds for room in rooms), float(num_blocks)
+    for slope, length in segments:
+        take = min(left, length)
+        total, left = total + take * slope, left - take
+        if left <= 0:
+            return total
+    return total if left <= 1e-9 * num_blocks else math.inf
+
+
+def never_idle_bound(
+    decisions: Decisions,
+    rooms: Sequence[RankRoom],
+    fills: Sequence[float],
+    tail: Tail,
+    block_parameters: float,
+    num_blocks: int,
+    at_least: float,
+    goal: float,
+) -> float:
+    """The least T for which the blocks find room: rank r does its work and its tail within T - fills[r].
+
+    Found by bisection from `at_least`; infinite where not even `goal` is enough. A rank takes whole blocks.
+    """
+    m = decisions.num_microbatches
+
+    def blocks_within(seconds: float) -> float:
+        total = 0.0
+        for rank, room in enumerate(rooms):
+            left = seconds - fills[rank] - m * room.seconds - tail.intercept - tail.slope * room.parameters
+            if left < 0:
+                return 0.0
+            held = 0.0
+            for (a, start), (b, end) in itertools.pairwise(room.hull):
+                cost = m * (end - start) + tail.slope * block_parameters * (b - a)
+                if cost >= left:
+                    held += (b - a) * left / cost if cost > 0 else b - a
+                    break
+                held, left = held + b - a, left - cost
+            total += math.floor(held * (1 + 1e-9) + 1e-9)
+        return total
+
+    enough = num_blocks
+    if blocks_within(at_least) >= enough:
+        return at_least
+    high = goal
+    if high == math.inf:
+        high = 2 * at_least + 1e-9
+        while blocks_within(high) < enough:
+            high *= 2
+            if high > 1e6 * (at_least + 1e-9):
+                return math.inf
+    elif blocks_within(high) < enough:
+        return math.inf
+    low = at_least
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if blocks_within(middle) >= enough else (middle, high)
+    return low

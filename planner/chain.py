@@ -22,8 +22,22 @@ from planner.layer_time import (
     transfer_seconds,
 )
 from planner.memory import LayerBytes, boundary_bytes, layer_bytes
+from planner.model import ModelSpec
 from planner.network import axis_stride
-from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Inputs, Recompute, Stage, as_recompute, make_stages, stage_ranks
+from planner.plan import (
+    SPLIT_BACKWARD_SCHEDULES,
+    Decisions,
+    Inputs,
+    Recompute,
+    Stage,
+    as_recompute,
+    has_embedding,
+    has_head,
+    make_stages,
+    recompute_counts,
+    stage_blocks,
+    stage_ranks,
+)
 from planner.schedule import compute_actions
 from planner.solver import Counts, Moment, Option, Piece, Pipeline, Run
 
@@ -41,21 +55,23 @@ class Costs:
         self.step_seconds = self.software.step_seconds
         """Fixed cost of a step, on top of the walk."""
         self._seconds: dict[object, dict[Layer, LayerSeconds]] = {}
-        self._messages: dict[object, float] = {}
+        self._pieces: dict[object, tuple[Piece, ...]] = {}
+        self._optimizer: dict[object, Piece] = {}
+        self._links: dict[object, list[float]] = {}
         self._bytes: dict[object, dict[Layer, LayerBytes]] = {}
 
     def seconds(self, decisions: Decisions) -> dict[Layer, LayerSeconds]:
         """Of one micro-batch through each kind of layer."""
-        key = (
-            decisions.tensor_parallel,
-            decisions.micro_batch_size,
-            decisions.sequence_parallel,
-            axis_stride(decisions, "tp") if decisions.tensor_parallel > 1 else 0,
-        )
+        key = self.seconds_key(decisions)
         found = self._seconds.get(key)
         if found is None:
             found = self._seconds[key] = {layer: layer_seconds(self.inputs, decisions, *layer, self.software) for layer in ALL_LAYERS}
         return found
+
+    def seconds_key(self, decisions: Decisions) -> tuple[object, ...]:
+        """What the seconds of a layer depend on."""
+        stride = axis_stride(decisions, "tp") if decisions.tensor_parallel > 1 else 0
+        return decisions.tensor_parallel, decisions.micro_batch_size, decisions.sequence_parallel, stride
 
     def bytes(self, decisions: Decisions) -> dict[Layer, LayerBytes]:
         """On one rank, of each kind of layer."""
@@ -96,6 +112,21 @@ class Costs:
         """
         if decisions.data_parallel == 1:
             return ()
+        program, zero = self.software, decisions.zero_stage
+        beside_compute = program.overlap_reduction or zero == 3
+        key = (
+            decisions.tensor_parallel,
+            decisions.data_parallel,
+            decisions.data_parallel_replicate,
+            zero,
+            axis_stride(decisions, "dp"),
+            self.seconds_key(decisions) + (decisions.num_microbatches, decisions.num_stages) if beside_compute else None,
+        )
+        if key not in self._pieces:
+            self._pieces[key] = self._tangents(decisions)
+        return self._pieces[key]
+
+    def _tangents(self, decisions: Decisions) -> tuple[Piece, ...]:
         least = min(self.parameters(decisions, kind) for kind in ("embedding", "block", "head"))
         most = self.total_parameters(decisions)
         found: list[Piece] = []
@@ -109,6 +140,13 @@ class Costs:
 
     def optimizer_piece(self, decisions: Decisions) -> Piece:
         """The optimizer's seconds by a rank's parameters, an affine function."""
+        shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
+        key = (decisions.tensor_parallel, shards)
+        if key not in self._optimizer:
+            self._optimizer[key] = self._optimizer_piece(decisions)
+        return self._optimizer[key]
+
+    def _optimizer_piece(self, decisions: Decisions) -> Piece:
         most = self.total_parameters(decisions)
         low, high = (optimizer_seconds(self.inputs, decisions, at, self.software) for at in (most / 2, most))
         slope = (high - low) / (most / 2)
@@ -119,7 +157,7 @@ class Costs:
         p = decisions.pipeline_parallel
         if p == 1:
             return {}
-        links = [transfer_seconds(self.inputs, decisions, rank, self.software) for rank in range(p)]
+        links = self.links(decisions)
         ranks = stage_ranks(decisions.schedule, p, decisions.num_virtual_stages)
         found: dict[Key, float] = {}
         for stage in range(len(ranks) - 1):
@@ -133,13 +171,30 @@ class Costs:
 
     def least_message(self, decisions: Decisions) -> float:
         """Seconds of the fastest message between neighbouring pipeline ranks."""
+        return min(self.links(decisions)[:-1], default=0.0) if decisions.pipeline_parallel > 1 else 0.0
+
+    def profile(self, decisions: Decisions) -> Profile:
+        """What a layout (everything but schedule and stages) contributes."""
+        figures: list[float] = []
+        for time in self.seconds(decisions).values():
+            figures += time
+        for need in self.bytes(decisions).values():
+            figures += (need.states, need.saved, need.forward_transient, need.backward_transient)
         p = decisions.pipeline_parallel
-        key = (p, decisions.tensor_parallel, decisions.micro_batch_size, decisions.sequence_parallel, axis_stride(decisions, "pp"),
-               axis_stride(decisions, "tp"))  # fmt: skip
-        found = self._messages.get(key)
+        if p > 1:
+            figures += self.links(decisions)
+            figures.append(float(boundary_bytes(self.inputs, decisions)))
+        figures += self.optimizer_piece(decisions)
+        return Profile(tuple(figures), self.reduce_pieces(decisions))
+
+    def links(self, decisions: Decisions) -> list[float]:
+        """Seconds of a message from each pipeline rank to the next one, around the ring."""
+        key = (decisions.pipeline_parallel, axis_stride(decisions, "pp"), self.seconds_key(decisions))
+        found = self._links.get(key)
         if found is None:
-            found = min((transfer_seconds(self.inputs, decisions, rank, self.software) for rank in range(p - 1)), default=0.0)
-            self._messages[key] = found
+            found = self._links[key] = [
+                transfer_seconds(self.inputs, decisions, rank, self.software) for rank in range(decisions.pipeline_parallel)
+            ]
         return found
 
     def pipeline(self, decisions: Decisions, levels: tuple[Recompute, ...]) -> Pipeline:
@@ -179,6 +234,21 @@ class Costs:
         )
 
 
+class Profile(NamedTuple):
+    """All that a layout contributes to time and memory, smaller being better in every entry."""
+
+    figures: tuple[float, ...]
+    pieces: tuple[Piece, ...]
+
+
+def dominates(a: Profile, b: Profile) -> bool:
+    """Whether `a` is nowhere worse: then whatever `b` does, the same stages and schedule with `a` do as fast and as small."""
+    if any(x > y * (1 + 1e-12) for x, y in zip(a.figures, b.figures, strict=True)):
+        return False
+    other = b.pieces or (Piece(0.0, 0.0),)
+    return all(any(p.slope <= q.slope * (1 + 1e-9) and p.intercept <= q.intercept + 1e-12 for q in other) for p in a.pieces)
+
+
 def ends_apart(decisions: Decisions) -> bool:
     """Whether embedding and head lie on different pipeline ranks, so that a tied head has a copy of the table."""
     return decisions.pipeline_parallel > 1 and decisions.schedule != "ZBVZeroBubble"
@@ -189,13 +259,18 @@ class _Live(NamedTuple):
     forward: bool
 
 
-@functools.lru_cache(maxsize=256)
 def memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> tuple[Moment, ...]:
     """The moments at which a rank may need most: of those at the same work, the ones that no other covers.
 
     Micro-batches in flight repeat their pattern once the pipeline is full, so a few rounds of them show all.
     """
-    m = _enough_microbatches(schedule, pipeline_parallel, num_microbatches)
+    return _memory_moments(
+        schedule, pipeline_parallel, num_virtual_stages, _enough_microbatches(schedule, pipeline_parallel, num_microbatches)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: int, m: int) -> tuple[Moment, ...]:
     final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
     found: list[Moment] = []
     for rank, actions in enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, m)):
@@ -214,16 +289,28 @@ def memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: in
     return tuple(found)
 
 
-def fullest_in_flight(decisions: Decisions) -> tuple[tuple[int, ...], ...]:
-    """For each pipeline rank, the micro-batches in flight of each of its stages when they are most in all."""
-    fullest: dict[int, tuple[int, ...]] = {}
-    for moment in memory_moments(
-        decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-    ):
-        counts = tuple(count for _, count in moment.in_flight)
-        if sum(counts) > sum(fullest.get(moment.rank, ())):
-            fullest[moment.rank] = counts
-    return tuple(fullest[rank] for rank in range(decisions.pipeline_parallel))
+@functools.lru_cache(maxsize=256)
+def least_in_flight(
+    schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int
+) -> tuple[tuple[float, float, float], ...]:
+    """For each pipeline rank, micro-batches that a block, the embedding and the head keep in flight at the least.
+
+    The mean over moments of memory is a moment that memory must allow for as well. Of a block it is not known on which of
+    the rank's stages it lies, so the stage with the least counts.
+    """
+    p, m = pipeline_parallel, num_microbatches
+    if num_virtual_stages == 1:
+        counts = [float(m if schedule == "GPipe" else 1 if schedule == "Naive" else min(m, p - rank)) for rank in range(p)]
+        return tuple((count, count, count) for count in counts)
+    sums: dict[int, list[float]] = {}
+    numbers: dict[int, int] = {}
+    for moment in memory_moments(schedule, p, num_virtual_stages, m):
+        row = sums.setdefault(moment.rank, [0.0] * len(moment.in_flight))
+        numbers[moment.rank] = numbers.get(moment.rank, 0) + 1
+        for index, (_, count) in enumerate(moment.in_flight):
+            row[index] += count
+    means = [[total / numbers[rank] for total in sums[rank]] for rank in range(p)]
+    return tuple((min(row), row[0], row[-1]) for row in means)
 
 
 def _maximal(vectors: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -252,3 +339,13 @@ def stages_of(decisions: Decisions, counts: Counts, levels: tuple[Recompute, ...
         recompute.append(as_recompute(blocks.get("none", 0), blocks.get("selective", 0), blocks.get("full", 0)))
     ranks = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
     return make_stages(sizes, recompute, ranks)
+
+
+def counts_of(decisions: Decisions, model: ModelSpec, levels: tuple[Recompute, ...]) -> Counts:
+    """A plan's stages as the solver's counts."""
+    found = []
+    for stage in decisions.stages:
+        blocks = recompute_counts(stage, len(stage_blocks(stage, model)))
+        row = tuple(getattr(blocks, level) for level in levels)
+        found.append(((int(has_embedding(stage)),), row, (int(has_head(stage, model)),)))
+    return tuple(found)

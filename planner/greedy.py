@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from planner.solver import Counts, Moment, Pipeline, moment_bytes
+from planner.solver import Counts, Moment, Pipeline, excess_bytes
 
 Rows = list[list[list[int]]]
 
@@ -63,10 +63,8 @@ def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
     """Stages of these sizes with recomputation added, the most bytes per second first, until each rank fits; None if none do."""
     rows = place(pipeline, sizes)
     for rank in sorted(set(pipeline.ranks)):
-        moments = [moment for moment in pipeline.moments if moment.rank == rank]
         for _ in range(8 * len(pipeline.ranks)):
-            counts = frozen(rows)
-            over, worst = max((moment_bytes(pipeline, moment, counts) - pipeline.limits[rank], moment) for moment in moments)
+            over, worst = excess_bytes(pipeline, frozen(rows), rank)
             if over <= 0:
                 break
             if not _relieve(pipeline, rows, worst, over):

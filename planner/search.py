@@ -2,10 +2,12 @@
 
 Best first over a tree of candidates (`planner.candidates`): the node with the least lower bound is opened next.
 
-    degrees    bound: the mean rank's work                                    (bounds.busy_bound)
-    variant    + placement, sequence parallelism, schedule: fill and drain    (bounds.schedule_bound)
-    candidate  + ZeRO: reduction and optimizer; excluded if it can't fit      (bounds.tail_bound, bounds.can_hold)
-    relaxed    the linear relaxation of the ILP                               (solver.solve_pipeline)
+    degrees    bound: the mean rank's work                                        (bounds.busy_bound)
+    layout     + placement, sequence parallelism, ZeRO; those that another layout
+               dominates are left out; + reduction and optimizer                  (layouts, bounds.mean_tail)
+    candidate  + schedule: fill and drain                                         (bounds.schedule_bound)
+    room       + the recomputation that memory forces, or that nothing fits       (bounds.never_idle_bound)
+    relaxed    the linear relaxation of the ILP                                   (solver.solve_pipeline)
     solved     the ILP, asked for something faster than the best known
 
 The first node whose bound is not below the best plan's time ends the search: all that is left in the queue is bounded by
@@ -17,7 +19,6 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from planner import bounds, greedy
@@ -32,15 +33,18 @@ from planner.candidates import (
     sequence_parallel_choices,
     zero_stages,
 )
-from planner.chain import Costs, fullest_in_flight, stages_of
+from planner.chain import Costs, Profile, counts_of, dominates, least_in_flight, stages_of
 from planner.critical_path import Path, graph
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import predict
-from planner.plan import Decisions, Inputs, Plan, SolverReport, check, digest, replace
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Inputs, Plan, SolverReport, check, digest, replace
 from planner.solver import TOLERANCE, Counts, Pipeline, Solution, excess_bytes, solve_pipeline, stage_seconds
 
 SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
 """From plain to exotic: which of equally fast plans is taken."""
+RELAXED_ROUNDS = 4
+"""Linear relaxations of a candidate before the next candidate has its turn."""
+DIVE_DEGREES, DIVE_TRIES = 60, 4
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
 
@@ -63,7 +67,7 @@ class Node(NamedTuple):
     solved: Solution | None = None
 
 
-DEGREES, VARIANT, CANDIDATE, RELAXED = range(4)
+DEGREES, LAYOUT, CANDIDATE, ROOM, RELAXED = range(5)
 
 
 class Outcome(NamedTuple):
@@ -139,7 +143,7 @@ class _Search:
         self.others: dict[Decisions, Found] = {}
         self.paths: dict[tuple[Any, ...], dict[Path, None]] = {}
         self.queue: list[Node] = []
-        self.num_candidates = self.num_solved = 0
+        self.num_candidates = self.num_relaxed = self.num_solved = 0
         self.solver = "HiGHS"
 
     @property
@@ -150,6 +154,7 @@ class _Search:
     def run(self) -> Outcome:
         for degrees in all_degrees(self.inputs, self.constraints):
             self.push_degrees(degrees)
+        self.dive()
         bound, proven = math.inf, True
         while self.queue:
             node = heapq.heappop(self.queue)
@@ -170,14 +175,17 @@ class _Search:
         """Opens a node; False when the time limit cut its program short."""
         if node.level == DEGREES:
             assert isinstance(node.item, Degrees)
-            for variant in self.variants(node.item):
-                self.push_variant(variant, node.bound)
+            for layout in self.layouts(node.item):
+                self.push_layout(layout, node.bound)
             return True
         assert isinstance(node.item, Decisions)
-        if node.level == VARIANT:
+        if node.level == LAYOUT:
             self.push_candidates(node.item, node.bound)
             return True
         if node.level == CANDIDATE:
+            self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
+            return True
+        if node.level == ROOM:
             return self.relax(node.item, node.bound)
         return self.solve(node.item, node.bound)
 
@@ -200,54 +208,113 @@ class _Search:
     def whole(self, decisions: Decisions) -> float:
         return bounds.whole_seconds(self.costs.seconds(decisions), self.inputs.model.num_layers, self.levels)
 
-    def variants(self, degrees: Degrees) -> Iterator[Decisions]:
+    def layouts(self, degrees: Degrees) -> list[Decisions]:
+        """Placement, sequence parallelism and ZeRO, without those that are nowhere better than another one."""
+        found: list[tuple[Decisions, Profile]] = []
+        names = {zero for schedule, _ in schedules(self.inputs, degrees, self.constraints) for zero in zero_stages(degrees, schedule, self.constraints)}
         for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
             for order in rank_orders(degrees, self.constraints):
-                for schedule, v in schedules(self.inputs, degrees, self.constraints):
-                    yield decisions_of(degrees, schedule=schedule, num_virtual_stages=v, sequence_parallel=choice, rank_order=order)
+                for zero in sorted(names):
+                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                    found.append((layout, self.costs.profile(layout)))
+        found.sort(key=lambda item: _plainness(item[0]))
+        kept: list[tuple[Decisions, Profile]] = []
+        for layout, profile in found:
+            if any(_covers(a.zero_stage, layout.zero_stage) and dominates(b, profile) for a, b in kept):
+                continue
+            kept = [(a, b) for a, b in kept if not (_covers(layout.zero_stage, a.zero_stage) and dominates(profile, b))]
+            kept.append((layout, profile))
+        return [layout for layout, _ in kept]
 
-    def push_variant(self, decisions: Decisions, above: float) -> None:
-        forward, both = self.least_stage(decisions)
-        bound = bounds.schedule_bound(decisions, self.whole(decisions), forward, both, self.costs.least_message(decisions))
-        self.push(max(bound + self.costs.step_seconds, above), VARIANT, decisions)
+    def push_layout(self, layout: Decisions, above: float) -> None:
+        p = layout.pipeline_parallel
+        tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+        self.push(max(bounds.busy_bound(layout, self.whole(layout)) + tail + self.costs.step_seconds, above), LAYOUT, layout)
 
-    def least_stage(self, decisions: Decisions) -> tuple[float, float]:
-        """The least forward, and the least forward and backward seconds of a stage: a stage has at least one layer."""
-        times = [time for (_, level), time in self.costs.seconds(decisions).items() if level in (*self.levels, "none")]
-        return min(time.forward for time in times), min(time.forward + time.backward for time in times)
+    def push_candidates(self, layout: Decisions, above: float) -> None:
+        whole, weight, least = self.whole(layout), self.weight(layout), bounds.least_stages(self.costs, layout, self.levels)
+        for schedule, v in schedules(self.inputs, _degrees(layout), self.constraints):
+            if layout.zero_stage in zero_stages(_degrees(layout), schedule, self.constraints):
+                candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
+                bound = bounds.schedule_bound(candidate, whole, least, weight)
+                self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
 
-    def push_candidates(self, decisions: Decisions, above: float) -> None:
-        degrees = Degrees(
-            decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
-        )  # fmt: skip
-        p = decisions.pipeline_parallel
-        for zero in zero_stages(degrees, decisions.schedule, self.constraints):
-            candidate = replace(decisions, zero_stage=zero)
-            forward, _ = self.least_stage(candidate)
-            tail = bounds.tail_bound(
-                self.costs.total_parameters(candidate) / p,
-                candidate.num_virtual_stages,
-                self.costs.reduce_pieces(candidate),
-                self.costs.optimizer_piece(candidate),
-            )
-            fill = (forward + self.costs.least_message(candidate)) * (p - 1) / 2
-            bound = bounds.busy_bound(candidate, self.whole(candidate)) + fill + tail + self.costs.step_seconds
-            self.push(max(bound, above), CANDIDATE, candidate)
+    def weight(self, decisions: Decisions) -> float:
+        """Seconds of the weight gradients of one micro-batch through all layers."""
+        seconds = self.costs.seconds(decisions)
+        ends = seconds["embedding", "none"].backward_weight + seconds["head", "none"].backward_weight
+        return ends + self.inputs.model.num_layers * seconds["block", "none"].backward_weight
+
+    def room_bound(self, candidate: Decisions, above: float) -> float:
+        """The bound with the recomputation that memory forces; infinite if the blocks don't fit within the goal."""
+        costs, blocks = self.costs, self.inputs.model.num_layers
+        rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*_shape(candidate)), self.levels)
+        whole = math.inf if rooms is None else bounds.least_work(rooms, blocks)
+        if rooms is None or whole == math.inf:
+            return math.inf
+        least = bounds.least_stages(costs, candidate, self.levels)
+        bound = max(bounds.schedule_bound(candidate, whole, least, self.weight(candidate)), above - costs.step_seconds)
+        goal = self.goal - costs.step_seconds
+        ranks, tails = range(candidate.pipeline_parallel), bounds.tail_of(costs, candidate)
+        paths = [([least.fill(rank, False) for rank in ranks], tail) for tail in tails]
+        if candidate.schedule not in SPLIT_BACKWARD_SCHEDULES:
+            ends = min(tail.intercept for tail in tails)
+            paths.append(([least.fill(rank, True) for rank in ranks], bounds.Tail(0.0, ends)))
+        for fills, tail in paths:
+            if bound < goal:
+                bound = bounds.never_idle_bound(candidate, rooms, fills, tail, costs.parameters(candidate, "block"), blocks, bound, goal)
+        return bound + costs.step_seconds
 
     def relax(self, candidate: Decisions, above: float) -> bool:
-        """Excludes the candidate if it can't fit, finds a first plan by simple rules, and raises its bound by the relaxation."""
-        if not bounds.can_hold(self.costs, candidate, fullest_in_flight(candidate), self.levels):
+        """Finds a first plan by simple rules, and raises the bound by some rounds of the linear relaxation."""
+        known = self.others.get(candidate)
+        if known is None:
+            known = self.try_simple(candidate)
+        if above >= self.goal * (1 - TOLERANCE):
             return True
+        pipeline = self.costs.pipeline(candidate, self.levels)
+        solution = self.program(candidate, pipeline, above, RELAXED_ROUNDS)
+        self.num_relaxed += 1
+        bound = max(solution.bound + self.costs.step_seconds, above)
+        if not solution.proven:
+            self.push(bound, ROOM if bound > above * (1 + 1e-3) else RELAXED, candidate)
+        return True
+
+    def try_simple(self, candidate: Decisions) -> Found | None:
+        """The better of the plans that simple rules give, if they fit."""
         pipeline = self.costs.pipeline(candidate, self.levels)
         for sizes in (greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)):
             counts = greedy.fit(pipeline, sizes)
             if counts is not None:
                 self.offer(candidate, pipeline, counts)
-        solution = self.program(candidate, pipeline, above, relaxed_only=True)
-        if solution.proven and not math.isfinite(solution.bound):
-            return True
-        self.push(max(solution.bound + self.costs.step_seconds, above), RELAXED, candidate)
-        return solution.proven or solution.bound > 0
+        return self.others.get(candidate)
+
+    def dive(self) -> None:
+        """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
+        looks: list[tuple[float, Degrees]] = []
+        for node in sorted(self.queue)[:DIVE_DEGREES]:
+            assert isinstance(node.item, Degrees)
+            estimates = [self.room_bound(layout, 0.0) for layout in self.layouts(node.item) if self.runs_plain(layout)]
+            if estimates and min(estimates) < math.inf:
+                looks.append((min(estimates), node.item))
+        looks.sort()
+        for _, degrees in looks[:DIVE_TRIES]:
+            layouts = sorted((layout for layout in self.layouts(degrees)), key=lambda layout: self.room_bound(layout, 0.0))
+            for layout in layouts[:1]:
+                for schedule, v in self.dive_schedules(layout):
+                    self.try_simple(replace(layout, schedule=schedule, num_virtual_stages=v))
+
+    def runs_plain(self, layout: Decisions) -> bool:
+        return True
+
+    def dive_schedules(self, layout: Decisions) -> list[tuple[str, int]]:
+        """The plain schedules and of the interleaved ones those with the fewest and the most stages."""
+        found = [(name, v) for name, v in schedules(self.inputs, _degrees(layout), self.constraints)
+                 if layout.zero_stage in zero_stages(_degrees(layout), name, self.constraints)]  # fmt: skip
+        by_name: dict[str, list[tuple[str, int]]] = {}
+        for name, v in found:
+            by_name.setdefault(name, []).append((name, v))
+        return [choice for several in by_name.values() for choice in dict.fromkeys((several[0], several[len(several) // 2], several[-1]))]
 
     def solve(self, candidate: Decisions, above: float) -> bool:
         pipeline = self.costs.pipeline(candidate, self.levels)
@@ -257,7 +324,7 @@ class _Search:
             self.offer(candidate, pipeline, solution.counts)
         return solution.proven
 
-    def program(self, candidate: Decisions, pipeline: Pipeline, above: float, relaxed_only: bool = False) -> Solution:
+    def program(self, candidate: Decisions, pipeline: Pipeline, above: float, relaxed_rounds: int | None = None) -> Solution:
         shape = _shape(candidate)
         pool = self.paths.setdefault(shape, {})
         solution = solve_pipeline(
@@ -268,7 +335,8 @@ class _Search:
             lower_bound=above - self.costs.step_seconds,
             deadline=self.deadline,
             solver=self.constraints.solver,
-            relaxed_only=relaxed_only,
+            relaxed_rounds=relaxed_rounds,
+            start=counts_of(self.others[candidate].decisions, self.inputs.model, self.levels) if candidate in self.others else None,
         )
         self.solver = solution.solver
         pool.update(dict.fromkeys(solution.paths))
@@ -288,6 +356,17 @@ class _Search:
 
 def _shape(decisions: Decisions) -> tuple[str, int, int, int]:
     return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+
+
+def _degrees(decisions: Decisions) -> Degrees:
+    return Degrees(
+        decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
+    )
+
+
+def _covers(zero_stage: int, other: int) -> bool:
+    """Whether a ZeRO stage can run every schedule that the other can."""
+    return zero_stage < 3 or other == 3
 
 
 def _plainness(item: Degrees | Decisions) -> tuple[Any, ...]:

@@ -119,8 +119,8 @@ class Pipeline:
     moments: tuple[Moment, ...]
     kinds: str
     """Kinds of compute action that the schedule has: "FB" or "FIW"."""
-    message_seconds: Mapping[Key, float] = field(default_factory=dict)
-    """Of each SEND_F and SEND_B key."""
+    fixed_seconds: Mapping[Key, float] = field(default_factory=dict)
+    """Seconds that do not depend on the layers: of messages, and what a pass takes beyond its layers."""
     reduce_pieces: tuple[Piece, ...] = ()
     """Seconds of a stage's reduction by its parameters: the largest of these."""
     optimizer_piece: Piece = _NOTHING
@@ -158,7 +158,7 @@ class Solution:
 
 def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) -> dict[Key, float]:
     """Seconds of everything that lies on the paths, for these layers on the stages."""
-    found = dict(pipeline.message_seconds)
+    found = dict(pipeline.fixed_seconds)
     held = [0.0] * (max(pipeline.ranks) + 1)
     for stage, rows in enumerate(counts):
         parameters = 0.0
@@ -175,25 +175,49 @@ def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]
     return found
 
 
-def moment_bytes(pipeline: Pipeline, moment: Moment, counts: Counts) -> float:
-    """Bytes that the layers of a rank need at a moment."""
-    total = 0.0
-    for stage, in_flight in moment.in_flight:
-        for run, row in zip(pipeline.runs, counts[stage], strict=True):
+class StageLoad(NamedTuple):
+    """Bytes of a stage: its states, what one micro-batch in flight saves, and its transients."""
+
+    states: float
+    saved: float
+    forward_transient: float
+    backward_transient: float
+
+
+def stage_loads(pipeline: Pipeline, counts: Counts) -> list[StageLoad]:
+    """Bytes of every stage."""
+    found = []
+    for rows in counts:
+        states = saved = forward = backward = 0.0
+        for run, row in zip(pipeline.runs, rows, strict=True):
             for option, count in zip(run.options, row, strict=True):
-                total += count * (run.states + in_flight * option.saved)
-    transients = [
-        option.forward_transient if moment.forward else option.backward_transient
-        for run, row in zip(pipeline.runs, counts[moment.stage], strict=True)
-        for option, count in zip(run.options, row, strict=True)
-        if count
-    ]
-    return total + max(transients, default=0.0)
+                if count:
+                    states += count * run.states
+                    saved += count * option.saved
+                    forward = max(forward, option.forward_transient)
+                    backward = max(backward, option.backward_transient)
+        found.append(StageLoad(states, saved, forward, backward))
+    return found
 
 
-def excess_bytes(pipeline: Pipeline, counts: Counts) -> tuple[float, Moment]:
-    """How far the fullest moment lies above its rank's limit (negative: below it), and which moment that is."""
-    return max((moment_bytes(pipeline, moment, counts) - pipeline.limits[moment.rank], moment) for moment in pipeline.moments)
+def moment_bytes(moment: Moment, loads: Sequence[StageLoad]) -> float:
+    """Bytes that the layers of a rank need at a moment."""
+    total = loads[moment.stage].forward_transient if moment.forward else loads[moment.stage].backward_transient
+    for stage, in_flight in moment.in_flight:
+        load = loads[stage]
+        total += load.states + in_flight * load.saved
+    return total
+
+
+def excess_bytes(pipeline: Pipeline, counts: Counts, rank: int | None = None) -> tuple[float, Moment]:
+    """How far the fullest moment lies above its rank's limit (negative: below it), and which moment that is.
+
+    With `rank` only that rank's moments are looked at.
+    """
+    loads = stage_loads(pipeline, counts)
+    return max(
+        (moment_bytes(moment, loads) - pipeline.limits[moment.rank], moment) for moment in pipeline.moments if rank in (None, moment.rank)
+    )
 
 
 def solve_pipeline(
@@ -201,60 +225,57 @@ def solve_pipeline(
     graph: Graph,
     *,
     cutoff: float = math.inf,
+    start: Counts | None = None,
     paths: Iterable[Path] = (),
     lower_bound: float = 0.0,
     deadline: float | None = None,
     solver: str | None = None,
-    relaxed_only: bool = False,
+    relaxed_rounds: int | None = None,
 ) -> Solution:
     """The stages with the least walked step time, if they take less than `cutoff` seconds.
 
-    `paths` are known paths of the same graph (they only save time), `deadline` a `time.monotonic()`, `solver` "HiGHS" or
-    "CBC" (default: the first that is installed). With `relaxed_only` only the linear relaxation is solved, for its bound.
+    `start` are stages that fit, near which paths are looked for first, and `paths` known paths of the same graph; both
+    only save time. `deadline` is a `time.monotonic()`, `solver` "HiGHS" or "CBC" (default: the first that is installed).
+    With `relaxed_rounds` at most so many linear relaxations are solved and no integer program, for the bound alone.
     Raises SolverError when no solver is installed or the one chosen fails.
     """
     program = _Program(pipeline, cutoff, solver)
     for path in dict.fromkeys(paths):
         program.add_path(path)
-    best: Counts | None = None
-    best_seconds, bound = math.inf, lower_bound
-    for integer in (False, True):
-        if integer and relaxed_only:
-            break
-        while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return program.solution(best, best_seconds, bound, False)
-            outcome = program.run(integer, left)
-            if outcome.infeasible:
-                known = min(best_seconds, cutoff)
-                return program.solution(best, best_seconds, max(bound, known), True)
-            bound = max(bound, min(outcome.bound, best_seconds))
-            if outcome.values is None:
-                return program.solution(best, best_seconds, bound, False)
-            if bound >= cutoff * (1 - TOLERANCE):
-                return program.solution(best, best_seconds, bound, True)
-            values: Sequence[Sequence[Sequence[float]]] = outcome.values
-            added = 0
-            if integer:
-                counts = tuple(tuple(tuple(round(x) for x in row) for row in rows) for rows in values)
-                added = program.add_violated_moments(counts)
-                values = counts
-            length, critical = graph.critical_paths(stage_seconds(pipeline, values))
-            if integer and not added and length < best_seconds:
-                best, best_seconds = counts, length
-                program.lower_cutoff(length)
-            if integer and best is not None and bound >= best_seconds * (1 - TOLERANCE):
-                return program.solution(best, best_seconds, bound, True)
-            if not integer and outcome.bound >= length * (1 - TOLERANCE):
-                break
-            added += sum(program.add_path(path) for path in critical)
-            if not added:
-                if not integer:
-                    break
-                # the walk agrees with a known path, so that what is left is the solver's own tolerance
-                return program.solution(best, best_seconds, bound, best is not None and bound >= best_seconds * (1 - 10 * TOLERANCE))
-    return program.solution(best, best_seconds, bound, False)
+    middle = stage_seconds(pipeline, start) if start else None
+    if middle:
+        program.add_paths(graph.critical_paths(middle)[1])
+    best, best_seconds, bound, integer = None, math.inf, lower_bound, False
+    while True:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return program.solution(best, best_seconds, bound, False)
+        outcome = program.run(integer, left)
+        if outcome.infeasible:
+            return program.solution(best, best_seconds, max(bound, min(best_seconds, cutoff)), True)
+        bound = max(bound, min(outcome.bound, best_seconds))
+        if bound >= cutoff * (1 - TOLERANCE):
+            return program.solution(best, best_seconds, bound, True)
+        if outcome.values is None:
+            return program.solution(best, best_seconds, bound, False)
+        if not integer:
+            done = program.separate(graph, stage_seconds(pipeline, outcome.values), middle, outcome.bound)
+            if relaxed_rounds is not None and (done or program.num_programs >= relaxed_rounds):
+                return program.solution(None, math.inf, bound, False)
+            integer = done
+            continue
+        counts: Counts = tuple(tuple(tuple(round(x) for x in row) for row in rows) for rows in outcome.values)
+        violated = program.add_violated_moments(counts)
+        seconds = stage_seconds(pipeline, counts)
+        length, critical = graph.critical_paths(seconds)
+        if not violated and length < best_seconds:
+            best, best_seconds, middle = counts, length, seconds
+            program.lower_cutoff(length)
+        if best is not None and bound >= best_seconds * (1 - TOLERANCE):
+            return program.solution(best, best_seconds, bound, True)
+        if not program.add_paths(critical) + violated:
+            # the walk agrees with a known path, so that what is left is the solver's own tolerance
+            return program.solution(best, best_seconds, bound, best is not None and bound >= best_seconds * (1 - 10 * TOLERANCE))
 
 
 class _Outcome(NamedTuple):
@@ -278,15 +299,13 @@ class _Program:
         self.problem = pulp.LpProblem("pipeline", pulp.LpMinimize)
         self.step = self.problem.add_variable("T", 0, _SCALE if cutoff < math.inf else None)
         self.problem.setObjective(self.step * 1)
-        stages, runs = range(pipeline.num_stages), range(len(pipeline.runs))
         self.x = [
             [
-                [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, run.length, "Integer") for o in range(len(run.options))]
-                for r, run in enumerate(pipeline.runs)
+                [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, most, "Integer") for o in range(len(run.options))] if most else []
+                for r, (run, most) in enumerate(zip(pipeline.runs, _most_layers(pipeline, s), strict=True))
             ]
-            for s in stages
+            for s in range(pipeline.num_stages)
         ]
-        self.u = [[self.problem.add_variable(f"u_{s}_{r}", 0, pipeline.runs[r].length, "Integer") for r in runs] for s in stages]
         self._layers_once()
         self._runs_in_order()
         self._no_empty_stage()
@@ -302,21 +321,28 @@ class _Program:
         self.problem.addConstraint(self.pulp.LpConstraint(expression, sense, rhs=right))
 
     def _layers_once(self) -> None:
-        for s, rows in enumerate(self.x):
-            for r, row in enumerate(rows):
-                terms = [(x, 1.0) for x in row] + [(self.u[s][r], -1.0)]
-                self._add(terms + ([(self.u[s - 1][r], 1.0)] if s else []), 0, 0.0)
+        """Every layer on one stage; u only for runs whose end may lie on several stages."""
+        open_ends = {r for r, cuts in enumerate(_open_cuts(self.pipeline)) for _ in cuts}
+        counted = open_ends | {r + 1 for r in open_ends}
+        self.u: dict[tuple[int, int], Any] = {}
         for r, run in enumerate(self.pipeline.runs):
-            self.u[-1][r].lowBound = run.length
+            if r not in counted:
+                self._add([(x, 1.0) for rows in self.x for x in rows[r]], 0, float(run.length))
+                continue
+            for s, rows in enumerate(self.x):
+                least = run.length if s == self.pipeline.num_stages - 1 else 0
+                self.u[s, r] = self.problem.add_variable(f"u_{s}_{r}", least, run.length, "Integer")
+                before = [(self.u[s - 1, r], 1.0)] if s else []
+                self._add([(x, 1.0) for x in rows[r]] + [(self.u[s, r], -1.0), *before], 0, 0.0)
 
     def _runs_in_order(self) -> None:
-        for s, rows in enumerate(self.u[:-1]):
-            for r in range(len(rows) - 1):
-                count, following = self.pipeline.runs[r].length, self.pipeline.runs[r + 1].length
-                done = rows[r] if count == 1 else self.problem.add_variable(f"y_{s}_{r}", 0, 1, "Integer")
-                if count > 1:
-                    self._add([(done, float(count)), (rows[r], -1.0)], -1, 0.0)
-                self._add([(rows[r + 1], 1.0), (done, -float(following))], -1, 0.0)
+        for r, cuts in enumerate(_open_cuts(self.pipeline)):
+            for s in cuts:
+                length, following = self.pipeline.runs[r].length, self.pipeline.runs[r + 1].length
+                done = self.u[s, r] if length == 1 else self.problem.add_variable(f"y_{s}_{r}", 0, 1, "Integer")
+                if length > 1:
+                    self._add([(done, float(length)), (self.u[s, r], -1.0)], -1, 0.0)
+                self._add([(self.u[s, r + 1], 1.0), (done, -float(following))], -1, 0.0)
 
     def _no_empty_stage(self) -> None:
         for rows in self.x:
@@ -330,7 +356,7 @@ class _Program:
                 terms = [
                     (x, option.seconds(kind) * self.second)
                     for run, row in zip(self.pipeline.runs, rows, strict=True)
-                    for option, x in zip(run.options, row, strict=True)
+                    for option, x in zip(run.options, row)
                 ]
                 self._add([*terms, (found[kind, s], -1.0)], 0, 0.0)
         return found
@@ -342,7 +368,7 @@ class _Program:
             (x, (run.states + in_flight * option.saved) * byte)
             for stage, in_flight in moment.in_flight
             for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
-            for option, x in zip(run.options, row, strict=True)
+            for option, x in zip(run.options, row)
         ]
         self._add([*terms, (self._transient(moment.stage, moment.forward), 1.0)], -1, limit * byte)
 
@@ -358,14 +384,14 @@ class _Program:
         tau = self.transients[stage, forward] = self.problem.add_variable(f"tau_{name}", 0)
         byte = self._byte(self.pipeline.ranks[stage])
         for r, run in enumerate(self.pipeline.runs):
-            for o, option in enumerate(run.options):
-                x, need = self.x[stage][r][o], _transient_bytes(option, forward) * byte
+            for o, (option, x) in enumerate(zip(run.options, self.x[stage][r])):
+                need = _transient_bytes(option, forward) * byte
                 if need <= 0:
                     continue
                 used = x
-                if run.length > 1:
+                if x.upBound > 1:
                     used = self.problem.add_variable(f"z_{name}_{r}_{o}", 0, 1, "Integer")
-                    self._add([(x, 1.0), (used, -float(run.length))], -1, 0.0)
+                    self._add([(x, 1.0), (used, -float(x.upBound))], -1, 0.0)
                 self._add([(tau, 1.0), (used, -need)], 1, 0.0)
         return tau
 
@@ -377,9 +403,28 @@ class _Program:
         self._path(path)
         return True
 
+    def add_paths(self, paths: Iterable[Path]) -> int:
+        return sum(self.add_path(path) for path in paths)
+
+    def separate(self, graph: Graph, seconds: Mapping[Key, float], middle: Mapping[Key, float] | None, bound: float) -> bool:
+        """Adds critical paths of the relaxation's stages, and of those halfway to known stages; True if none are new.
+
+        Halfway, because the stages of a relaxation with few paths are extreme, and their critical paths cut off little
+        (in-out separation, Ben-Ameur and Neto 2007).
+        """
+        length, critical = graph.critical_paths(seconds)
+        if bound >= length * (1 - TOLERANCE):
+            return True
+        added = self.add_paths(critical)
+        if middle:
+            for share in (0.5, 0.15):
+                between = {key: share * seconds.get(key, 0.0) + (1 - share) * middle.get(key, 0.0) for key in {**seconds, **middle}}
+                added += self.add_paths(graph.critical_paths(between)[1])
+        return added == 0
+
     def _path(self, path: Path) -> None:
         pipeline = self.pipeline
-        constant = path_seconds(path, pipeline.message_seconds) * self.second
+        constant = path_seconds(path, pipeline.fixed_seconds) * self.second
         terms: list[tuple[Any, float]] = [(self.step, 1.0)]
         for (kind, place), count in path:
             if kind == "OPTIMIZER":
@@ -409,8 +454,9 @@ class _Program:
     def add_violated_moments(self, counts: Counts) -> int:
         """Adds the fullest violated moment of each rank; says how many there were."""
         worst: dict[int, tuple[float, Moment]] = {}
+        loads = stage_loads(self.pipeline, counts)
         for moment in self.pipeline.moments:
-            over = moment_bytes(self.pipeline, moment, counts) - self.pipeline.limits[moment.rank]
+            over = moment_bytes(moment, loads) - self.pipeline.limits[moment.rank]
             if over > 1e-9 * abs(self.pipeline.limits[moment.rank]) and moment not in self.known_moments:
                 worst[moment.rank] = max(worst.get(moment.rank, (over, moment)), (over, moment))
         for _, moment in worst.values():
@@ -437,7 +483,10 @@ class _Program:
         if status != pulp.LpStatusOptimal or self.step.varValue is None:
             return _Outcome(None, self._dual_bound(integer, False), False)
         proven = detail == pulp.LpSolutionOptimal
-        values = [[[x.varValue or 0.0 for x in row] for row in rows] for rows in self.x]
+        values = [
+            [[x.varValue or 0.0 for x in row] or [0.0] * len(run.options) for run, row in zip(self.pipeline.runs, rows, strict=True)]
+            for rows in self.x
+        ]
         return _Outcome(values, self._dual_bound(integer, proven), False)
 
     def _dual_bound(self, integer: bool, proven: bool) -> float:
@@ -449,6 +498,25 @@ class _Program:
 
     def solution(self, counts: Counts | None, seconds: float, bound: float, proven: bool) -> Solution:
         return Solution(counts, seconds, bound, proven, self.solver, tuple(self.known_paths), self.num_programs)
+
+
+def _most_layers(pipeline: Pipeline, stage: int) -> list[int]:
+    """Layers of each run that a stage can hold at most, since each stage before and after it has at least one layer."""
+    first, last = stage, pipeline.num_layers - pipeline.num_stages + stage
+    found, start = [], 0
+    for run in pipeline.runs:
+        found.append(max(0, min(last, start + run.length - 1) - max(first, start) + 1))
+        start += run.length
+    return found
+
+
+def _open_cuts(pipeline: Pipeline) -> list[list[int]]:
+    """For each run but the last, the stages after which its end may or may not have been reached."""
+    found, end, slack = [], 0, pipeline.num_layers - pipeline.num_stages
+    for run in pipeline.runs[:-1]:
+        end += run.length
+        found.append([stage for stage in range(pipeline.num_stages - 1) if stage + 1 < end < slack + stage + 1])
+    return found
 
 
 def _transient_bytes(option: Option, forward: bool) -> float:
