@@ -12,17 +12,16 @@ import datetime
 import os
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from executor.probe_links import collective_points, message_points
 from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
+from executor.processes import run_ranks
 from planner.calibration import Measurements, Residual, fit
 from planner.cluster import ClusterSpec
 from planner.correction import correct
@@ -69,39 +68,12 @@ def _say(line: str) -> None:
 
 
 def _start(num_gpus: int | None, output: str) -> None:
-    """Starts the ranks on this machine, waits for them, and stops what is left of them whatever happens."""
+    """Measures with ranks on this machine."""
     gpus = torch.cuda.device_count()
     world = num_gpus or gpus or 2
     if world < 1 or (gpus and world > gpus):
         raise InputError("--num-gpus", world, f"1 to {gpus} (the GPUs of this machine) is expected" if gpus else "a positive integer is expected")
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [context.Process(target=_spawned, args=(rank, world, store, output), daemon=True) for rank in range(world)]
-        try:
-            for process in processes:
-                process.start()
-            while any(process.is_alive() for process in processes):
-                failed = [process.exitcode for process in processes if process.exitcode]
-                if failed:
-                    raise MeshwrightError("a rank of the calibration failed; its error stands above")
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.terminate()
-            for process in processes:
-                process.join(10)
-    if any(process.exitcode for process in processes):
-        raise MeshwrightError("a rank of the calibration failed; its error stands above")
-
-
-def _spawned(rank: int, world: int, store: str, output: str) -> None:
-    try:
-        _rank(rank, world, store, output)
-    except MeshwrightError as error:
-        _say(f"error: {error}")
-        sys.exit(error.exit_status)
+    run_ranks(world, _rank, (output,), "the calibration")
 
 
 def _rank(rank: int, world: int, store: str | None, output: str) -> None:

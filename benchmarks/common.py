@@ -1,0 +1,91 @@
+"""What the benchmarks share: plans made directly, text tables, result files, and a run of a plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from planner.cluster import ClusterSpec, with_num_gpus
+from planner.documents import dumps
+from planner.estimate import predict
+from planner.model import ModelSpec
+from planner.paradigms import as_plan
+from planner.plan import Decisions, Inputs, Plan, Recompute, Stage, Training, check, even_stages
+from planner.run import Run, load_actions, load_run
+from planner.timeline import Timeline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_plan(
+    model: ModelSpec, cluster: ClusterSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, micro_batch_size: int = 1, num_microbatches: int = 4,
+    sequence_length: int = 128, schedule: str = "1F1B", virtual: int = 1, zero: int = 0, recompute: Recompute = "none",
+    sequence_parallel: bool = False, precision: str = "fp32", stages: tuple[Stage, ...] | None = None,
+) -> Plan:  # fmt: skip
+    """A plan that nobody searched for. Raises InputError when its decisions break a rule."""
+    training = Training(
+        global_batch_size=dp * micro_batch_size * num_microbatches, sequence_length=sequence_length, precision=precision  # type: ignore[arg-type]
+    )
+    inputs = Inputs(model=model, cluster=with_num_gpus(cluster, tp * pp * dp), training=training)
+    decisions = Decisions(
+        data_parallel=dp, tensor_parallel=tp, pipeline_parallel=pp, zero_stage=zero, sequence_parallel=sequence_parallel,
+        micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, schedule=schedule, num_virtual_stages=virtual,  # type: ignore[arg-type]
+        stages=even_stages(model, schedule, pp, virtual, recompute) if stages is None else stages,
+    )  # fmt: skip
+    check(inputs, decisions)
+    return as_plan(inputs, decisions, predict(inputs, decisions))
+
+
+def run_plan(plan: Plan, steps: int, *extra: str, launcher: Sequence[str] = (), timeout: float = 300.0) -> tuple[Run, Timeline | None]:
+    """Runs a plan on this machine by torchrun (started through `launcher`), one thread a process."""
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        plan_file, run_file = Path(folder) / "plan.json", Path(folder) / "run.json"
+        plan_file.write_text(dumps(plan), encoding="utf-8")
+        torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+        if not launcher:
+            torchrun += ["--standalone", "--nproc-per-node", str(plan.decisions.world_size)]
+        command = [*launcher, *torchrun, "-m", "executor", str(plan_file), "--steps", str(steps), "-o", str(run_file), *extra]
+        for attempt in range(3):
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+            if done.returncode == 0 or attempt == 2:
+                break
+        if done.returncode:
+            raise RuntimeError(f"the run failed ({done.returncode}):\n{done.stderr[-2000:]}")
+        run = load_run(run_file)
+        return run, load_actions(run_file, run)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
+             for row in cells]  # fmt: skip
+    return "\n".join([lines[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in lines[1:])]) + "\n"
+
+
+def write_results(name: str, text: str, data: Any) -> None:
+    """The same result for people and for programs: benchmarks/results/NAME.txt and .json."""
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """This machine in a few words."""
+    import platform
+
+    import torch
+
+    from executor.calibrate import _processor_name
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor_name()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
