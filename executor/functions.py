@@ -44,6 +44,10 @@ class State:
     loss_scale: float = 1.0
     """1 / tokens of the global batch: the gradient of the mean loss with respect to one token's."""
 
+    def kept(self, unit: Unit, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A small weight for use in a put-off weight gradient: a copy where ZeRO-3 frees the original before."""
+        return tensor.clone() if tensor is not None and self.deferred is not None and unit.zero_stage == 3 else tensor
+
     def weight_gradient(self, compute: Callable[[], None]) -> None:
         """Runs `compute` now, or keeps it for the W action."""
         if self.deferred is None:
@@ -68,8 +72,11 @@ def norm_forward(state: State, x: torch.Tensor, gain: torch.Tensor, bias: torch.
     return (x * rstd).to(x.dtype).mul_(gain), rstd
 
 
-def norm_again(state: State, x: torch.Tensor, statistics: tuple[torch.Tensor, ...], gain: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def norm_again(
+    state: State, x: torch.Tensor, statistics: tuple[torch.Tensor, ...], gain: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
     """The norm's output once more."""
+    assert gain is not None
     if state.norm == "rmsnorm" and not x.is_cuda:
         return (x * statistics[0]).to(x.dtype).mul_(gain)
     return norm_forward(state, x, gain, bias)[0]
@@ -195,8 +202,10 @@ class NormLinear(torch.autograd.Function):
             dnormed = dwhole
             work = state.tp.all_reduce(dnormed, wait=False)
 
+        late = (state.kept(unit, gain), state.kept(unit, bias)) if normed is None else (None, None)
+
         def add() -> None:
-            again = norm_again(state, x, statistics, unit.w[f"{norm}.gain"], unit.w.get(f"{norm}.bias")) if normed is None else normed
+            again = norm_again(state, x, statistics, *late) if normed is None else normed
             linear_weight_gradient(unit, linear, dy, gather_tokens(state, again))
 
         state.weight_gradient(add)

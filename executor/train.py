@@ -19,7 +19,7 @@ from executor.model import StageModel, build_stages
 from executor.optimizer import OptimizerOptions, UnitOptimizer, squared_norm
 from executor.pipeline import Pipeline, StageCompute
 from executor.units import Unit
-from planner.plan import Plan, stage_ranks
+from planner.plan import Plan, replace, stage_ranks
 from planner.schedule import plan_actions
 
 _BUFFER_KINDS = frozenset({"REDUCE", "OPTIMIZER"})
@@ -134,6 +134,19 @@ class Trainer:
             tokens, targets = data.batch(self.step_index, self.sample_indices(), self.plan.decisions.num_microbatches)
             self.compute.tokens = tokens.to(self.device) if needs_tokens else None
             self.compute.targets = targets.to(self.device) if needs_targets else None
+
+    def shorten(self, num_microbatches: int) -> None:
+        """Runs steps of the first `num_microbatches` only: for a dry run."""
+        decisions = replace(self.plan.decisions, num_microbatches=num_microbatches)
+        self.pipeline.actions = plan_actions(decisions)[self.mesh.pp.index]
+
+    def load_empty(self) -> None:
+        """Space for a step's tokens and targets, without contents: for fake tensors."""
+        decisions, training = self.plan.decisions, self.plan.inputs.training
+        shape = (decisions.num_microbatches, decisions.micro_batch_size * training.sequence_length)
+        stages = self.stages.values()
+        self.compute.tokens = torch.empty(shape, dtype=torch.int64, device=self.device) if any(stage.has_embedding for stage in stages) else None
+        self.compute.targets = torch.empty(shape, dtype=torch.int64, device=self.device) if any(stage.has_head for stage in stages) else None
 
     def step(self) -> StepResult:
         """One optimizer step on what `load` has brought."""

@@ -122,16 +122,18 @@ class HeadLoss(torch.autograd.Function):
         dnormed = sum_partials(state, dwhole)
         del dwhole
 
+        gain, bias = unit.w.get("norm.gain"), unit.w.get("norm.bias")
+        late = (state.kept(unit, gain), state.kept(unit, bias))
+
         def add() -> None:
-            again = norm_again(state, x, statistics, unit.w["norm.gain"], unit.w.get("norm.bias")) if statistics else x
+            again = norm_again(state, x, statistics, *late) if statistics else x
             table.gradient("weight").addmm_(dlogits.t(), gather(state, again))
             if "bias" in unit.keys:
                 unit.gradient("bias").add_(dlogits.sum(0))
 
         state.weight_gradient(add)
-        if statistics:
-            w = unit.w
-            dnormed, dgain, dbias = norm_backward(state, dnormed, x, statistics, w["norm.gain"], w.get("norm.bias"))
+        if gain is not None:
+            dnormed, dgain, dbias = norm_backward(state, dnormed, x, statistics, gain, bias)
             norm_weight_gradient(state, unit, "norm", dgain, dbias)
         return dnormed, None, None, None, None, None
 
