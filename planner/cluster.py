@@ -31,6 +31,8 @@ class Gpu(Document, kw_only=True):
     """Held by the runtime outside the allocator: CUDA context, communicator buffers."""
     num_multiprocessors: int | None = None
     """Units that the tiles of a matrix product are spread over; null where that is not modelled."""
+    fp8_matmul_speedup: float | None = None
+    """Speed of matrix products in fp8 over bf16; null where there is no fp8 or nothing was measured."""
     power_watts: float | None = None
     source: str = ""
 
@@ -62,6 +64,8 @@ class Efficiency(Document, kw_only=True):
     """Of peak FLOP/s, by the backward pass of fused attention."""
     matmul_depth_overhead: float = 0.0
     """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
+    matmul_edge_overhead: float = 0.0
+    """Added to both outer dimensions of a matrix product: what is lost at the edges of the tiles, in elements."""
     matmul_misaligned: float = 1.0
     """Factor on the time of a matrix product whose sizes are no multiples of 16 bytes, where a GPU has tensor cores."""
     kernel_seconds: float = 0.0

@@ -28,18 +28,20 @@ def peak_flops_per_second(cluster: ClusterSpec, precision: Precision) -> float:
 def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, columns: float, depth: float, batch: float = 1) -> float:
     """Time of `batch` products of a (rows x depth) with a (depth x columns) matrix.
 
-    Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, times (depth + d0)/depth for the
-    prologue and epilogue of each tile (d0 = `efficiency.matmul_depth_overhead`), times the share of the
-    multiprocessors that a product of few 128 x 128 tiles leaves idle. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication
-    guide); others cost `efficiency.matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
+    Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, with d0 = `matmul_depth_overhead`
+    added to the depth for the prologue and epilogue of each tile, and e0 = `matmul_edge_overhead` to rows and columns for
+    what tiles lose at the edges and in the last wave. A product of fewer 128 x 128 tiles than multiprocessors leaves the
+    others idle. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication guide); others cost
+    `matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
     """
     if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
         return 0.0
     efficiency, gpu = cluster.efficiency, cluster.gpu
     size = ELEMENT_BYTES[precision]
     traffic = batch * size * (rows * depth + depth * columns + rows * columns) / (gpu.memory_bandwidth_bytes_per_second * efficiency.memory)
-    arithmetic = 2.0 * rows * columns * depth * batch / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
-    arithmetic *= (depth + efficiency.matmul_depth_overhead) / depth
+    edge = efficiency.matmul_edge_overhead
+    volume = (rows + edge) * (columns + edge) * (depth + efficiency.matmul_depth_overhead) * batch
+    arithmetic = 2.0 * volume / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
     if gpu.num_multiprocessors:
         tiles = ceil(rows / 128) * ceil(columns / 128) * batch
         if tiles < gpu.num_multiprocessors:

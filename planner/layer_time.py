@@ -121,11 +121,14 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     f = model.ffn_hidden_size / t
     forward = backward = weight = parameters = 0.0
     slow = 1.0 / program.matmul_speed
+    inward = outward = 0.0
     for columns, depth in ((heads + 2 * key_values, h), (h, heads), (ups * f, h), (h, f)):
         forward += slow * matmul_seconds(cluster, precision, n, columns, depth)
         backward += slow * matmul_seconds(cluster, precision, n, depth, columns)
         weight += slow * matmul_seconds(cluster, precision, columns, depth, n)
         parameters += columns * depth
+        inward += n * depth
+        outward += n * columns
     core, core_backward = _attention_core(inputs, decisions, program)
     size = ELEMENT_BYTES[precision]
     whole = n * h / (t if decisions.sequence_parallel else 1)
@@ -136,6 +139,9 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     passes = size * program.elementwise_passes
     elementwise = elementwise_seconds(cluster, light * passes, 8)
     backward += elementwise_seconds(cluster, heavy * passes, 14) + core_backward
+    if program.cast_bytes:
+        elementwise += elementwise_seconds(cluster, program.cast_bytes * (inward + parameters), 8)
+        backward += elementwise_seconds(cluster, program.cast_bytes * outward, 8)
     weight += elementwise_seconds(cluster, parameters * program.accumulation_bytes * (size / 2), 4)
     communication = 0.0
     if t > 1:

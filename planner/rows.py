@@ -27,7 +27,7 @@ GPU_PRESETS: tuple[tuple[str, str], ...] = (
     (r"a100.*pcie.*40", "a100-pcie-40gb"), (r"a100.*pcie", "a100-pcie-80gb"), (r"a100.*40 ?gb", "a100-40gb"),
     (r"a100|a800|ampere", "a100-80gb"), (r"v100.*(sxm3|dgx-?2)", "v100-dgx2"), (r"v100.*16 ?gb", "v100-16gb"), (r"v100", "v100-32gb"),
     (r"mi250", "mi250x-gcd"), (r"mi300x", "mi300x"), (r"mi325x", "mi325x"), (r"a10g", "a10g-24gb"), (r"a6000", "a6000-48gb"),
-    (r"l40s", "l40s-48gb"), (r"\bl4\b", "l4-24gb"), (r"4090", "rtx4090-24gb"), (r"3090", "rtx3090-24gb"),
+    (r"tpu ?v4", "tpu-v4"), (r"tpu ?v5e", "tpu-v5e"), (r"tpu ?v5p", "tpu-v5p"), (r"l40s", "l40s-48gb"), (r"\bl4\b", "l4-24gb"), (r"4090", "rtx4090-24gb"), (r"3090", "rtx3090-24gb"),
 )  # fmt: skip
 # The first pattern that is found in a row's source decides which program ran it.
 PROGRAMS: tuple[tuple[str, str], ...] = (
@@ -43,6 +43,7 @@ PROGRAMS: tuple[tuple[str, str], ...] = (
     (r"gpt-neox", "gpt-neox"),
     (r"megatron-turing|mt-?nlg", "megatron-deepspeed"),
     (r"nanotron|picotron", "nanotron"),
+    (r"maxtext.*tpu|tpu.*maxtext", "maxtext"),
 )
 
 
@@ -146,17 +147,22 @@ class _Reader:
         self.refuse_what_no_plan_says()
         model = self.model()
         tp, pp = self.degree("tp"), self.degree("pp")
+        cp = self.degree("cp")
         gpus = _count(self.cluster_facts.get("gpu_count"))
-        dp = _count(self.parallel.get("dp")) or (gpus // (tp * pp) if gpus and gpus % (tp * pp) == 0 else None)
+        dp = _count(self.parallel.get("dp")) or (gpus // (tp * pp * cp) if gpus and gpus % (tp * pp * cp) == 0 else None)
         if dp is None:
             raise NotExpressible("parallel.dp: the data-parallel degree is not given")
-        if gpus is not None and gpus != tp * pp * dp:
-            raise NotExpressible(f"parallel: tp {tp} x pp {pp} x dp {dp} is not gpu_count {gpus}")
-        cluster = self.cluster(tp * pp * dp)
+        if gpus is not None and gpus != tp * pp * dp * cp:
+            raise NotExpressible(f"parallel: tp {tp} x pp {pp} x dp {dp} x cp {cp} is not gpu_count {gpus}")
+        cluster = self.cluster(tp * pp * dp * cp)
         micro, m = self.microbatches(dp, pp)
+        if cp > 1:
+            # Context parallelism cuts each sample over cp ranks, which reduce gradients together: data parallelism with a
+            # share of a sample each. Its exchange of keys and values, which attention hides, is left out.
+            dp, micro = dp * cp, micro / cp
         check_tensor_parallel(model, tp, "parallel.tp")
         schedule, virtual, zero_bubble = self.schedule(pp, model)
-        software = self.software()
+        software = self.in_fp8(self.software(), cluster)
         recompute, software = self.recompute(software)
         shards = self.shards(dp)
         decisions = Decisions(
@@ -165,7 +171,7 @@ class _Reader:
             pipeline_parallel=pp,
             zero_stage=self.zero_stage(),
             sequence_parallel=self.sequence_parallel(tp),
-            micro_batch_size=micro,
+            micro_batch_size=micro,  # type: ignore[arg-type]
             num_microbatches=m,
             schedule=schedule,
             num_virtual_stages=virtual,
@@ -173,7 +179,7 @@ class _Reader:
             stages=even_stages(model, schedule, pp, virtual, recompute),
         )
         training = Training(
-            global_batch_size=dp * micro * m,
+            global_batch_size=round(dp * micro * m),
             sequence_length=self.sequence_length(),
             precision=self.precision(),
             profile="megatron",
@@ -183,9 +189,8 @@ class _Reader:
     def refuse_what_no_plan_says(self) -> None:
         if self.model_facts.get("moe"):
             raise NotExpressible("model.moe: mixtures of experts are not planned")
-        for name, what in (("cp", "context"), ("ep", "expert")):
-            if (_count(self.parallel.get(name)) or 1) > 1:
-                raise NotExpressible(f"parallel.{name}: {what} parallelism is not planned")
+        if (_count(self.parallel.get("ep")) or 1) > 1:
+            raise NotExpressible("parallel.ep: expert parallelism is not planned")
         if any(self.parallel.get(name) for name in ("offload", "offload_optimizer", "offload_param")):
             raise NotExpressible("parallel.offload: offloading to host memory is not planned")
 
@@ -250,6 +255,8 @@ class _Reader:
             raise NotExpressible(f"cluster.gpu: no cluster preset for {self.cluster_facts.get('gpu')!r}")
         cluster = presets()[preset]
         per_node = _count(self.cluster_facts.get("gpus_per_node")) or cluster.gpus_per_node
+        if preset.startswith("tpu"):
+            per_node = max(1, num_gpus // (_count(self.parallel.get("dcn_dp")) or 1))  # a slice: what the torus joins
         changes: dict[str, Any] = {"num_gpus": num_gpus, "gpus_per_node": per_node}
         rate = _link_bytes_per_second(str(self.cluster_facts.get("inter_node") or ""), per_node)
         if rate is not None:
@@ -272,7 +279,7 @@ class _Reader:
             changes["intra_node"] = msgspec.structs.replace(cluster.intra_node, bandwidth_bytes_per_second=200e9, source="A800: NVLink at 400 GB/s")
         return msgspec.structs.replace(cluster, **changes)
 
-    def microbatches(self, dp: int, pp: int) -> tuple[int, int]:
+    def microbatches(self, dp: int, pp: int) -> tuple[float, int]:
         """Micro-batch size and how many of them; a batch that doesn't divide is rounded to whole micro-batches."""
         total = _number(self.batch.get("global_batch"))
         micro, m = _count(self.batch.get("micro_batch")), _count(self.batch.get("num_microbatches"))
@@ -324,6 +331,20 @@ class _Reader:
             program = msgspec.structs.replace(program, overlap_tensor_forward=0.5, overlap_tensor_backward=0.5)
         return program
 
+    def in_fp8(self, software: Software, cluster: ClusterSpec) -> Software:
+        """With fp8 the linear layers' products are faster by the ratio of the measured ceilings. Each operand is read for its
+        largest value, read again and written: 2 + 2 + 1 bytes an element.
+        """
+        text = str(self.row.get("precision") or "").lower()
+        if "fp8" not in text:
+            return software
+        if "rowwise" in text:
+            raise NotExpressible("precision: fp8 with a scale for each row is not modelled")
+        if cluster.gpu.fp8_matmul_speedup is None:
+            raise NotExpressible(f"precision: {self.row.get('precision')!r} on {cluster.gpu.name}, whose fp8 speed is not known")
+        speed = software.matmul_speed * cluster.gpu.fp8_matmul_speedup
+        return msgspec.structs.replace(software, matmul_speed=speed, cast_bytes=5.0)
+
     def recompute(self, software: Software) -> tuple[Recompute, Software]:
         value = self.row.get("recompute")
         text = str(value or "").lower()
@@ -333,8 +354,8 @@ class _Reader:
             return "selective", msgspec.structs.replace(software, selective_recompute="op")
         if text.startswith("selective"):
             return "selective", software
-        if text.startswith("none"):
-            return "none", software
+        if text.startswith("none") or text in ("minimal", "qkv_proj_offloaded"):
+            return "none", software  # XLA's policies that keep the outputs of matrix products
         if value is None:
             return ("full" if self.year <= 2021 else "selective" if software.attention == "unfused" else "none"), software
         raise NotExpressible(f"recompute: {value!r} is not planned")
@@ -363,7 +384,7 @@ class _Reader:
 
     def precision(self) -> Any:
         text = str(self.row.get("precision") or "").lower()
-        if "fp8" in text or "fp4" in text:
+        if "fp4" in text:
             raise NotExpressible(f"precision: {self.row.get('precision')!r} is not planned")
         return "fp32" if text.startswith("fp32") else "mixed-bf16"
 

@@ -19,6 +19,8 @@ class Software(Document, kw_only=True):
     """Fitted: time of its compute over what its kernels account for; 1 where nothing was fitted."""
     matmul_speed: float = 1.0
     """Speed of its matrix products over what the cluster's efficiency says; below 1 with libraries new to the GPU."""
+    cast_bytes: float = 0.0
+    """Bytes read and written per element of a linear layer's operands to cast them to fp8; 0 without fp8."""
     attention: Literal["fused", "unfused"] = "fused"
     """Fused attention (flash) never writes the s x s scores; unfused writes and reads them several times."""
     causal_skip: bool = True
