@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
     def _count(self, category: str, size: int) -> None:
         self.totals[category] += size
         self.total += size
-        if self.total > self.peak_total:
+        if self.total >= self.peak_total:
             self.peak_total, self.peak = self.total, dict(self.totals)
 
     def _free(self, key: int) -> None:

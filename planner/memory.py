@@ -12,10 +12,11 @@ al. 2022, arXiv 2205.05198, equations 1 to 6). Symbols as in `planner.model`; e 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
+from planner.activations import LayerActivations, Peak, layer_activations, shape_of
 from planner.graph import LayerKind
+from planner.megatron_memory import megatron_activations
 from planner.model import ModelSpec
 from planner.plan import (
     SPLIT_BACKWARD_SCHEDULES,
@@ -28,7 +29,10 @@ from planner.plan import (
     has_embedding,
     has_head,
 )
-from planner.schedule import compute_actions
+from planner.schedule import Actions, compute_actions
+
+OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
+"""Elements that the executor's optimizer updates at a time."""
 
 
 class StateBytes(NamedTuple):
@@ -80,22 +84,23 @@ class LayerBytes(NamedTuple):
         return max(self.forward_transient, self.backward_transient)
 
 
-def local_parameters(model: ModelSpec, kind: LayerKind, tensor_parallel: int, *, tied_copy: bool = False) -> int:
-    """Parameters of one layer on one tensor-parallel rank.
+def layer_units(model: ModelSpec, kind: LayerKind, tensor_parallel: int, *, tied_copy: bool = False) -> tuple[int, ...]:
+    """Parameters of one layer on one tensor-parallel rank, by unit: what is sharded, gathered and updated as one.
 
     Projections and the vocabulary are split (rounded up), norms, position table and the biases of row-parallel linears
     are on every rank. Key-value heads that are fewer than the ranks are replicated. With `tied_copy` a tied head counts
-    its own copy of the token table, which it has when it lies on another stage than the embedding.
+    its own copy of the token table, which it has when it lies on another pipeline rank than the embedding.
     """
     t = tensor_parallel
     norm = model.norm_parameters
-    vocabulary = -(-model.vocab_size // t) * model.hidden_size
+    table = -(-model.vocab_size // t) * model.hidden_size
     if kind == "embedding":
-        return vocabulary + model.num_position_embeddings * model.hidden_size + (norm if model.embedding_norm else 0)
+        rest = model.num_position_embeddings * model.hidden_size + (norm if model.embedding_norm else 0)
+        return (table, rest) if rest else (table,)
     if kind == "head":
         own_table = not model.tied_embeddings or tied_copy
-        bias = -(-model.vocab_size // t) if model.head_bias else 0
-        return (norm if model.final_norm else 0) + (vocabulary if own_table else 0) + bias
+        rest = (norm if model.final_norm else 0) + (-(-model.vocab_size // t) if model.head_bias else 0)
+        return (table, rest) if own_table else (rest,)
     query = model.query_size // t
     key_value = max(model.num_key_value_heads // t, 1) * model.head_dim
     count = model.hidden_size * (query + 2 * key_value) + query * model.hidden_size
@@ -104,147 +109,230 @@ def local_parameters(model: ModelSpec, kind: LayerKind, tensor_parallel: int, *,
     ups = 2 if model.gated_ffn else 1
     ffn = model.ffn_hidden_size // t
     count += (ups + 1) * model.hidden_size * ffn + (ups * ffn + model.hidden_size if model.mlp_bias else 0)
-    return count + model.num_norms_per_layer * norm
+    return (count + model.num_norms_per_layer * norm,)
+
+
+def vector_parameters(model: ModelSpec, tensor_parallel: int) -> int:
+    """Parameters of a block on one rank that are vectors: norms and biases, which weight decay leaves alone."""
+    t = tensor_parallel
+    key_value = max(model.num_key_value_heads // t, 1) * model.head_dim
+    count = model.num_norms_per_layer * model.norm_parameters + (2 * model.head_dim if model.qk_norm else 0)
+    count += (model.query_size // t + 2 * key_value if model.qkv_bias else 0) + (model.hidden_size if model.attention_output_bias else 0)
+    ups = 2 if model.gated_ffn else 1
+    return count + (ups * (model.ffn_hidden_size // t) + model.hidden_size if model.mlp_bias else 0)
+
+
+def local_parameters(model: ModelSpec, kind: LayerKind, tensor_parallel: int, *, tied_copy: bool = False) -> int:
+    """Parameters of one layer on one tensor-parallel rank, by the rules of `layer_units`."""
+    return sum(layer_units(model, kind, tensor_parallel, tied_copy=tied_copy))
+
+
+def layer_states(inputs: Inputs, decisions: Decisions, kind: LayerKind, *, tied_copy: bool = False) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state of one layer on one rank.
+
+    ZeRO shards a unit in equal parts, the last one padded (Rajbhandari et al. 2020, sections 5 and 6, for what each stage shards).
+    The executor keeps a step count of 4 bytes for each unit.
+    """
+    training, zero = inputs.training, decisions.zero_stage
+    per_parameter = state_bytes(training.precision, training.optimizer)
+    shards = decisions.data_parallel // decisions.data_parallel_replicate if zero else 1
+    weights = gradients = optimizer = 0
+    for count in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=tied_copy):
+        shard = -(-count // shards)
+        weights += (shard if zero >= 3 else shard * shards) * per_parameter.weights
+        gradients += (shard if zero >= 2 else shard * shards) * per_parameter.gradients
+        optimizer += shard * per_parameter.optimizer + (4 if training.profile == "meshwright" else 0)
+    return weights, gradients, optimizer
+
+
+def layer_buffers(inputs: Inputs, decisions: Decisions, kind: LayerKind) -> tuple[int, int, int]:
+    """Bytes of a layer's gathered weights (ZeRO-3), of its unreduced gradients (ZeRO-2 and 3) and of its table's, while it runs."""
+    if decisions.zero_stage < 2:
+        return 0, 0, 0
+    per_parameter = state_bytes(inputs.training.precision, inputs.training.optimizer)
+    shards = decisions.data_parallel // decisions.data_parallel_replicate
+    units = layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)
+    padded = [-(-unit // shards) * shards for unit in units]
+    table = 0 if kind == "block" else padded[0]
+    weights = sum(padded) * per_parameter.weights if decisions.zero_stage == 3 else 0
+    return weights, (sum(padded) - table) * per_parameter.gradients, table * per_parameter.gradients
+
+
+def ends_apart(decisions: Decisions) -> bool:
+    """Whether embedding and head lie on different pipeline ranks, so that a tied head has a copy of the table."""
+    return decisions.pipeline_parallel > 1 and decisions.schedule != "ZBVZeroBubble"
+
+
+def layer_needs(inputs: Inputs, decisions: Decisions, kind: LayerKind, level: Recompute = "none", *, held: bool = False) -> LayerActivations:
+    """Activations of one layer, by the profile of the inputs; `decisions.stages` is not read."""
+    split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
+    if inputs.training.profile == "megatron":
+        return megatron_activations(inputs, decisions, kind, level)
+    shape = shape_of(inputs, decisions, layer_buffers(inputs, decisions, kind))
+    return layer_activations(shape, kind, level, held, split)
 
 
 def layer_bytes(
     inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute = "none", *, tied_copy: bool | None = None
 ) -> LayerBytes:
-    """Bytes of one layer on one rank; `decisions.stages` is not read and may be empty.
+    """Bytes of one layer on one rank, as the terms of a linear bound; `decisions.stages` is not read and may be empty.
 
-    `tied_copy` as in `local_parameters`; by default a tied head has its own copy when there are several pipeline ranks.
+    A stage never needs more than its states, `saved` of its layers for each micro-batch in flight, and the largest transient:
+    `predict_memory` is exact, and below that where the largest transient and the most saved bytes are not at one time.
+    `tied_copy` as in `layer_units`; by default a tied head has its own copy where embedding and head lie on different ranks.
     """
-    training = inputs.training
-    copy = decisions.pipeline_parallel > 1 and decisions.schedule != "ZBVZeroBubble" if tied_copy is None else tied_copy
-    parameters = local_parameters(inputs.model, kind, decisions.tensor_parallel, tied_copy=copy)
-    per_parameter = state_bytes(training.precision, training.optimizer)
-    shards = decisions.data_parallel // decisions.data_parallel_replicate
-    zero = decisions.zero_stage
-    weights = parameters * per_parameter.weights / (shards if zero >= 3 else 1)
-    gradients = parameters * per_parameter.gradients / (shards if zero >= 2 else 1)
-    optimizer = parameters * per_parameter.optimizer / (shards if zero >= 1 else 1)
-    activation = _PROFILES[training.profile](inputs, decisions, kind, recompute)
-    gathered = parameters * per_parameter.weights if zero >= 3 and shards > 1 else 0.0
-    reduced = parameters * per_parameter.gradients if zero >= 2 and shards > 1 else 0.0
-    return LayerBytes(
-        weights,
-        gradients,
-        optimizer,
-        activation.saved,
-        activation.forward_transient + gathered,
-        activation.backward_transient + gathered + reduced,
-    )
+    copy = ends_apart(decisions) if tied_copy is None else tied_copy
+    weights, gradients, optimizer = layer_states(inputs, decisions, kind, tied_copy=copy)
+    need = layer_needs(inputs, decisions, kind, recompute, held=kind == "block")
+    saved = max(need.kept, need.deferred)
+    held = 0 if kind == "head" else boundary_bytes(inputs, decisions)
+    backward = max(sum(need.backward), sum(need.weights)) + (held if decisions.pipeline_parallel > 1 else 0)
+    return LayerBytes(weights, gradients, optimizer, saved, sum(need.forward) - need.kept, backward - need.kept)
 
 
-class ActivationBytes(NamedTuple):
-    saved: float
-    forward_transient: float
-    backward_transient: float
+class StageNeeds(NamedTuple):
+    """One stage on one rank: states, and activations per micro-batch as in `LayerActivations`."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    kept: int
+    forward: Peak
+    backward: Peak
+    deferred: int
+    weights: Peak
 
 
-def _meshwright(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> ActivationBytes:
-    """Activations of this package's executor."""
-    model, training = inputs.model, inputs.training
-    t = decisions.tensor_parallel
-    e = element_bytes(training.precision)
-    tokens = decisions.micro_batch_size * training.sequence_length
-    kept = tokens // t if decisions.sequence_parallel else tokens
-    h = model.hidden_size
-    if kind == "embedding":
-        return ActivationBytes(kept * h * e, tokens * h * e, tokens * h * e)
-    if kind == "head":
-        vocabulary = -(-model.vocab_size // t)
-        return ActivationBytes(2 * kept * h * e + tokens * vocabulary * e, tokens * vocabulary * 4, tokens * vocabulary * 8)
-    query, key_value = model.query_size / t, max(model.num_key_value_heads / t, 1) * model.head_dim
-    ffn = model.ffn_hidden_size / t * (4 if model.gated_ffn else 2)
-    none = tokens * e * (2 * query + 2 * key_value + ffn) + 4 * kept * h * e
-    if recompute == "full":
-        return ActivationBytes(kept * h * e, none, none + tokens * ffn * e / 2)
-    if recompute == "selective":
-        selective = none - tokens * e * ffn / 2
-        return ActivationBytes(selective, tokens * ffn * e / 2, tokens * ffn * e)
-    return ActivationBytes(none, tokens * e * ffn / 2, tokens * ffn * e)
-
-
-def _megatron(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> ActivationBytes:
-    """Activations of Megatron-LM by Korthikanti et al. 2022: equations 1 (serial), 2 (TP), 4 (TP and SP), 5 (first and last
-    stage), 6 (selective), and 2·s·b·h for full recomputation; generalised to grouped queries and gated MLPs term by term.
-    """
-    model, training = inputs.model, inputs.training
-    t = decisions.tensor_parallel
-    shard = t if decisions.sequence_parallel else 1
-    tokens = decisions.micro_batch_size * training.sequence_length
-    h, q, kv, f = model.hidden_size, model.query_size, model.key_value_size, model.ffn_hidden_size
-    if kind == "embedding":
-        return ActivationBytes(tokens * h / shard, 0.0, 0.0)
-    if kind == "head":
-        # The logits in fp32 and the inputs of the final norm and of the projection live only while the head runs.
-        return ActivationBytes(0.0, 0.0, tokens * (4 * h / shard + 4 * model.vocab_size / t))
-    scores = 5 * model.num_attention_heads * training.sequence_length * tokens / t
-    attention = tokens * ((2 * h + h) / shard + (2 * q + 4 * kv + 2 * q) / t)
-    mlp = tokens * ((2 * h + (0 if model.gated_ffn else h)) / shard + (6 if model.gated_ffn else 4) * f / t)
-    norms = tokens * 4 * h / shard
-    block = attention + mlp + norms
-    if recompute == "full":
-        return ActivationBytes(2 * tokens * h / shard, 0.0, block + scores)
-    if recompute == "selective":
-        return ActivationBytes(block, 0.0, scores)
-    return ActivationBytes(block + scores, 0.0, 0.0)
-
-
-_PROFILES: dict[str, Callable[[Inputs, Decisions, LayerKind, Recompute], ActivationBytes]] = {
-    "meshwright": _meshwright,
-    "megatron": _megatron,
-}
-
-
-class StageBytes(NamedTuple):
-    """One stage on one rank, in the terms of `LayerBytes`."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    saved: float
-    forward_transient: float
-    backward_transient: float
-
-
-def stage_bytes(inputs: Inputs, decisions: Decisions, stage: Stage) -> StageBytes:
-    """The layers of a stage added up; of the transients the largest counts, since layers run one after the other."""
+def stage_needs(inputs: Inputs, decisions: Decisions, stage: Stage) -> StageNeeds:
+    """The layers of a stage put together: forwards go up the stage, backwards come down, each on top of what is kept below."""
     model = inputs.model
-    layers: list[LayerBytes] = []
-    if has_embedding(stage):
-        layers.append(layer_bytes(inputs, decisions, "embedding"))
-    per_level = {level: layer_bytes(inputs, decisions, "block", level) for level in set(block_levels(stage, model))}
-    layers.extend(per_level[level] for level in block_levels(stage, model))
-    if has_head(stage, model):
-        embedding_rank = decisions.stages[0].pipeline_rank
-        layers.append(layer_bytes(inputs, decisions, "head", tied_copy=embedding_rank != stage.pipeline_rank))
-    return StageBytes(
-        *(sum(layer[index] for layer in layers) for index in range(4)),
-        max(layer.forward_transient for layer in layers),
-        max(layer.backward_transient for layer in layers),
-    )
+    split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
+    apart = decisions.stages[0].pipeline_rank != decisions.stages[-1].pipeline_rank
+    last = has_head(stage, model)
+    kinds: list[tuple[LayerKind, Recompute]] = [("embedding", "none")] if has_embedding(stage) else []
+    kinds += [("block", level) for level in block_levels(stage, model)]
+    kinds += [("head", "none")] if last else []
+    states = [0, 0, 0]
+    for kind in ("embedding", "block", "head"):
+        number = sum(1 for name, _ in kinds if name == kind)
+        if number:
+            for index, size in enumerate(layer_states(inputs, decisions, kind, tied_copy=apart)):  # type: ignore[arg-type]
+                states[index] += number * size
+    received = 0 if last else boundary_bytes(inputs, decisions)
+    needs = {
+        (kind, level, held): layer_needs(inputs, decisions, kind, level, held=held)
+        for position, (kind, level) in enumerate(kinds)
+        for held in (not last and position == len(kinds) - 1 and kind == "block",)
+    }
+    layers = [needs[kind, level, not last and i == len(kinds) - 1 and kind == "block"] for i, (kind, level) in enumerate(kinds)]
+    below = 0
+    forward = backward = weights = Peak(0, 0)
+    above = sum(layer.deferred for layer in layers) if split else 0
+    deferred = above
+    for position, layer in enumerate(layers):
+        above -= layer.deferred if split else 0
+        forward = _larger(forward, layer.forward, below)
+        extra = 0 if position == len(layers) - 1 else received
+        if split and not decisions.sequence_parallel:
+            extra = 0  # the received gradient is among what the last layer puts off
+        backward = _larger(backward, layer.backward, below + above + extra)
+        below += layer.kept
+    if split:
+        below_deferred = 0
+        for layer in layers:
+            weights = _larger(weights, layer.weights, below_deferred)
+            below_deferred += layer.deferred
+    return StageNeeds(states[0], states[1], states[2], below, forward, backward, deferred, weights)
+
+
+def _larger(found: Peak, peak: Peak, base: int) -> Peak:
+    """The larger of two moments, the second on top of `base`."""
+    return found if sum(found) >= sum(peak) + base else Peak(peak.activations + base, peak.buffers)
 
 
 def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     """Peak memory of one GPU of each pipeline rank, in bytes."""
-    stages = [stage_bytes(inputs, decisions, stage) for stage in decisions.stages]
+    stages = [stage_needs(inputs, decisions, stage) for stage in decisions.stages]
     lists = _short_actions(decisions)
+    boundary = boundary_bytes(inputs, decisions)
+    owners = [stage.pipeline_rank for stage in decisions.stages]
     found = []
     for rank in range(decisions.pipeline_parallel):
-        mine = {index: stages[index] for index, stage in enumerate(decisions.stages) if stage.pipeline_rank == rank}
-        activations, buffers = _walk(lists[rank], mine, decisions, inputs)
+        mine = {index: stages[index] for index, owner in enumerate(owners) if owner == rank}
+        peak = walk_rank(lists[rank], mine, boundary)
+        batch = batch_bytes(inputs, decisions, rank)
+        update = optimizer_buffer_bytes(inputs, decisions, rank)
+        if update > sum(peak):
+            peak = Peak(0, update)
         found.append(
             Memory.of(
-                sum(stage.weights for stage in mine.values()),
-                sum(stage.gradients for stage in mine.values()),
-                sum(stage.optimizer for stage in mine.values()),
-                activations,
-                buffers,
+                sum(stage.weights_bytes for stage in mine.values()),
+                sum(stage.gradients_bytes for stage in mine.values()),
+                sum(stage.optimizer_bytes for stage in mine.values()),
+                peak.activations,
+                peak.buffers + batch,
             )
         )
     return tuple(found)
+
+
+def batch_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:
+    """The step's tokens on the rank of the first stage, and its targets on that of the last, 8 bytes each."""
+    if inputs.training.profile == "megatron":
+        return 0
+    ends = (decisions.stages[0].pipeline_rank, decisions.stages[-1].pipeline_rank)
+    tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
+    return 8 * tokens * sum(1 for end in ends if end == pipeline_rank)
+
+
+def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:
+    """What the optimizer's step needs beside the states: one chunk of gradients in fp32, in mixed precision.
+
+    Matrices and vectors of a unit are updated apart, since only the former decay.
+    """
+    if inputs.training.precision != "mixed-bf16" or inputs.training.profile == "megatron":
+        return 0
+    model = inputs.model
+    shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
+    apart = decisions.stages[0].pipeline_rank != decisions.stages[-1].pipeline_rank
+    undecayed = vector_parameters(model, decisions.tensor_parallel)
+    largest = 0
+    for stage in decisions.stages:
+        if stage.pipeline_rank == pipeline_rank:
+            kinds: list[LayerKind] = ["block"] if block_levels(stage, model) else []
+            kinds += ["embedding"] if has_embedding(stage) else []
+            kinds += ["head"] if has_head(stage, model) else []
+            for kind in kinds:
+                for unit in layer_units(model, kind, decisions.tensor_parallel, tied_copy=apart):
+                    decayed = unit - undecayed if kind == "block" else unit
+                    largest = max(largest, min(-(-unit // shards), decayed))
+    return 4 * min(OPTIMIZER_CHUNK_ELEMENTS, largest)
+
+
+def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) -> Peak:
+    """The moment when a rank's activations and buffers are largest, over its compute actions in order.
+
+    A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs.
+    """
+    live = 0
+    best = Peak(0, 0)
+    for kind, index, _ in actions:
+        stage = stages[index]
+        if kind == "F":
+            if index > 0 and index - 1 in stages:
+                live -= boundary
+            best = _larger(best, stage.forward, live)
+            live += stage.kept + (boundary if index + 1 in stages else 0)
+        elif kind == "W":
+            live -= stage.deferred
+            best = _larger(best, stage.weights, live)
+        else:
+            if index + 1 in stages:
+                live -= boundary
+            live -= stage.kept
+            best = _larger(best, stage.backward, live)
+            live += (stage.deferred if kind == "I" else 0) + (boundary if index > 0 and index - 1 in stages else 0)
+    return best
 
 
 def boundary_bytes(inputs: Inputs, decisions: Decisions) -> int:
@@ -274,7 +362,7 @@ def in_flight(decisions: Decisions) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _short_actions(decisions: Decisions) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+def _short_actions(decisions: Decisions) -> tuple[Actions, ...]:
     """The compute actions, with no more micro-batches than it takes to reach the steady state.
 
     After the warm-up each further micro-batch repeats the same pattern, so the peak is reached within the first rounds.
@@ -291,22 +379,3 @@ def _shorter(schedule: str, p: int, m: int) -> int:
         # keep the micro-batches per round, which set the warm-up
         return 4 * (m // max(1, m // p))
     return 4 * p
-
-
-def _walk(
-    actions: tuple[tuple[str, int, int], ...], stages: dict[int, StageBytes], decisions: Decisions, inputs: Inputs
-) -> tuple[float, float]:
-    """The largest live activation bytes over the actions, and the communication buffers beside them."""
-    live = peak = 0.0
-    boundary = boundary_bytes(inputs, decisions) if decisions.pipeline_parallel > 1 else 0
-    split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
-    for kind, index, _ in actions:
-        stage = stages[index]
-        if kind == "F":
-            live += stage.saved
-            peak = max(peak, live + stage.forward_transient)
-        else:
-            peak = max(peak, live + stage.backward_transient)
-            if kind == ("W" if split else "B"):
-                live -= stage.saved
-    return peak, float(2 * boundary)

@@ -1,0 +1,513 @@
+"""Activation bytes of this package's executor, layer by layer: what a layer keeps for its backward pass, and its peaks.
+
+Each function here follows the executor's function of the same name, allocation by allocation, on a `Tape` that adds up
+the live bytes; the result is a closed form, the largest of a handful of sums. `docs/memory.md` has the sums written out.
+
+Symbols as in `planner.model`, per tensor-parallel rank: T tokens of a micro-batch, R rows of an activation between layers (T, or T/t
+under sequence parallelism), e bytes of an element. Every layer counts its own input among what it keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from planner.graph import LayerKind
+from planner.model import ModelSpec
+from planner.plan import Decisions, Inputs, Recompute
+
+HEAD_CHUNK_ELEMENTS = 1 << 22
+"""Logits that the executor's loss handles at a time in fp32."""
+
+
+class Tape:
+    """Live bytes: activations, and the buffers (gathered weights, gradients before their reduction) beside them."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.buffers = 0
+        self.peak = 0
+        self.peak_buffers = 0
+
+    def take(self, size: int) -> None:
+        self.live += size
+        self._see()
+
+    def give(self, size: int) -> None:
+        self.live -= size
+
+    def take_buffer(self, size: int) -> None:
+        self.buffers += size
+        self._see()
+
+    def give_buffer(self, size: int) -> None:
+        self.buffers -= size
+
+    @contextmanager
+    def during(self, size: int) -> Iterator[None]:
+        """`size` bytes live inside the block."""
+        self.take(size)
+        yield
+        self.give(size)
+
+    def _see(self) -> None:
+        if self.live + self.buffers > self.peak + self.peak_buffers:
+            self.peak, self.peak_buffers = self.live, self.buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes in bytes of the tensors that the layers of a model handle on one rank, per micro-batch."""
+
+    row: int
+    """R·h·e: an activation between layers."""
+    whole: int
+    """T·h·e."""
+    query: int
+    """T·(a/t)·d·e, and of the keys (and of the values) in `key`."""
+    key: int
+    inner: int
+    """T·(f/t)·e: the input of the MLP's second linear."""
+    up: int
+    """The output of its first: as `inner`, or twice that with a gate."""
+    rows: int
+    """R, and T in `tokens`."""
+    tokens: int
+    vocabulary: int
+    """V/t rows of the table on this rank."""
+    head_stats: int
+    """T·(a/t)·4: attention's fp32 log-sum-exp."""
+    rotated: int
+    """Bytes of half of the rotated query and key heads."""
+    rope: int
+    """S·d/2: elements of a rotary table; 0 without rotary positions."""
+    e: int
+    hidden: int
+    layernorm: bool
+    gated: bool
+    relu: bool
+    biases: bool
+    split: bool
+    """Whether t > 1."""
+    sequence_parallel: bool
+    positions: bool
+    embedding_norm: bool
+    final_norm: bool
+    weights_buffer: int = 0
+    """Gathered weights of the layer at hand, under ZeRO-3."""
+    gradients_buffer: int = 0
+    """Its gradients before they are reduced, under ZeRO-2 and 3; those of a vocabulary table apart in `table_buffer`."""
+    table_buffer: int = 0
+
+    @property
+    def qkv(self) -> int:
+        return self.query + 2 * self.key
+
+    @property
+    def row32(self) -> int:
+        """An fp32 copy of a row tensor."""
+        return self.row // self.e * 4
+
+    @property
+    def stats(self) -> int:
+        """A norm's statistics."""
+        return self.rows * (2 * self.e if self.layernorm else 4)
+
+    @property
+    def gains(self) -> int:
+        """The gradients of a norm's parameters."""
+        return self.hidden * (2 * self.e if self.layernorm else 4)
+
+    @property
+    def gathered(self) -> int:
+        """The buffer of a gather of rows; 0 without sequence parallelism, which needs none."""
+        return self.whole if self.sequence_parallel else 0
+
+
+def shape_of(inputs: Inputs, decisions: Decisions, buffers: tuple[int, int, int] = (0, 0, 0)) -> Shape:
+    """The sizes for a plan; `decisions.stages` is not read."""
+    return _shape(
+        inputs.model,
+        decisions.tensor_parallel,
+        decisions.sequence_parallel,
+        decisions.micro_batch_size * inputs.training.sequence_length,
+        inputs.training.sequence_length,
+        4 if inputs.training.precision == "fp32" else 2,
+        buffers,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(model: ModelSpec, t: int, sequence_parallel: bool, tokens: int, length: int, e: int, buffers: tuple[int, int, int]) -> Shape:
+    rows = tokens // t if sequence_parallel else tokens
+    heads = model.num_attention_heads // t
+    key_heads = max(model.num_key_value_heads // t, 1)
+    inner = tokens * (model.ffn_hidden_size // t) * e
+    rope = model.position_embedding == "rope"
+    return Shape(
+        row=rows * model.hidden_size * e,
+        whole=tokens * model.hidden_size * e,
+        query=tokens * heads * model.head_dim * e,
+        key=tokens * key_heads * model.head_dim * e,
+        inner=inner,
+        up=inner * (2 if model.gated_ffn else 1),
+        rows=rows,
+        tokens=tokens,
+        vocabulary=-(-model.vocab_size // t),
+        head_stats=tokens * heads * 4,
+        rotated=tokens * (heads + key_heads) * (model.head_dim // 2) * e if rope else 0,
+        rope=length * (model.head_dim // 2) if rope else 0,
+        e=e,
+        hidden=model.hidden_size,
+        layernorm=model.norm == "layernorm",
+        gated=model.gated_ffn,
+        relu=model.activation == "relu",
+        biases=model.mlp_bias,
+        split=t > 1,
+        sequence_parallel=sequence_parallel,
+        positions=model.num_position_embeddings > 0,
+        embedding_norm=model.embedding_norm,
+        final_norm=model.final_norm,
+        weights_buffer=buffers[0],
+        gradients_buffer=buffers[1],
+        table_buffer=buffers[2],
+    )
+
+
+# functions
+
+
+def norm_forward(tape: Tape, s: Shape) -> None:
+    """Leaves norm(x) and its statistics. RMSNorm on a CPU goes through an fp32 copy."""
+    tape.take(s.stats)
+    if not s.layernorm and s.e < 4:
+        with tape.during(s.row32):
+            tape.take(s.row)
+    else:
+        tape.take(s.row)
+
+
+def norm_again(tape: Tape, s: Shape) -> None:
+    """Leaves norm(x)."""
+    norm_forward(tape, s)
+    tape.give(s.stats)
+
+
+def norm_backward(tape: Tape, s: Shape) -> None:
+    """Leaves the gradient of x."""
+    gains = s.hidden * s.e * 2
+    if s.layernorm:
+        tape.take(s.row)
+        with tape.during(gains):
+            pass
+        return
+    tape.take(s.row32)
+    with tape.during(s.row32):
+        tape.take(s.hidden * 4)
+    tape.take(s.row)
+    with tape.during(s.row32):
+        tape.take(s.rows * 4)
+    if s.e < 4:
+        tape.take(s.row)
+        tape.give(s.row32)
+    tape.give(s.row + s.rows * 4 + s.hidden * 4)
+
+
+def rotate(tape: Tape, s: Shape) -> None:
+    if not s.rope:
+        return
+    tables = s.rope * s.e * 2 if s.e < 4 else s.rope * 4
+    with tape.during(s.rope * (s.e if s.e < 4 else 0)), tape.during(s.rope * 4):
+        tape.take(s.rope * s.e if s.e < 4 else 0)
+        tape.give(s.rope * s.e if s.e < 4 else 0)
+    with tape.during(tables), tape.during(s.rotated):
+        pass
+
+
+def norm_linear_forward(tape: Tape, s: Shape, output: int, lean: bool, *, rope: bool = False) -> None:
+    """Leaves the statistics, norm(x) unless `lean`, and the output."""
+    norm_forward(tape, s)
+    with tape.during(s.gathered):
+        tape.take(output)
+        if rope:
+            rotate(tape, s)
+    if lean:
+        tape.give(s.row)
+
+
+def norm_linear_backward(tape: Tape, s: Shape, output: int, lean: bool, split: bool, *, rope: bool = False, bias: bool = True) -> None:
+    """From the output's gradient to x's; frees what the forward pass left, x with it, unless `split` puts the weight gradients off."""
+    if rope:
+        rotate(tape, s)
+    tape.take(s.whole)
+    if s.sequence_parallel:
+        tape.take(s.row)
+    if not split:
+        norm_linear_weights(tape, s, output, lean, bias=bias)
+    if s.sequence_parallel:
+        tape.give(s.whole)
+    norm_backward(tape, s)
+    tape.give(s.row)
+    if split:
+        tape.take(s.gains)
+    else:
+        tape.give(output + s.stats + (0 if lean else s.row) + s.row)
+
+
+def norm_linear_weights(tape: Tape, s: Shape, output: int, lean: bool, *, bias: bool) -> None:
+    """The weight gradients: norm(x) once more where it was not kept, and gathered."""
+    if lean:
+        norm_again(tape, s)
+    with tape.during(s.gathered), tape.during(output // s.tokens if bias else 0):
+        pass
+    if lean:
+        tape.give(s.row)
+
+
+def row_linear_forward(tape: Tape, s: Shape) -> None:
+    """Leaves the output."""
+    with tape.during(s.gathered):
+        tape.take(s.row)
+
+
+def sum_gradients(tape: Tape, s: Shape, *, held: bool) -> None:
+    """A residual's two gradients added up in a new tensor; the incoming one stays when it is `held` elsewhere."""
+    tape.take(s.row)
+    tape.give(s.row if held else 2 * s.row)
+
+
+def activation_backward(tape: Tape, s: Shape) -> None:
+    """Leaves the gradient of the first linear's output; that of the second's input is the caller's."""
+    tape.take(s.up)
+    if s.gated:
+        with tape.during(s.inner), tape.during(s.inner):
+            pass
+    elif s.relu:
+        with tape.during(s.up // s.e):
+            pass
+
+
+# layers
+
+
+def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
+    """Leaves what the block keeps and its output; its input is there before."""
+    before = tape.live
+    lean = level == "selective"
+    free = level == "full"
+    norm_linear_forward(tape, s, s.qkv, lean, rope=True)
+    if free:
+        tape.give(s.row + s.stats)
+    tape.take(s.query + s.head_stats)
+    if free:
+        tape.give(s.head_stats + s.qkv)
+    row_linear_forward(tape, s)
+    if free:
+        tape.give(s.query)
+    norm_linear_forward(tape, s, s.up, lean)
+    if free:
+        tape.give(s.row + s.stats)
+    tape.take(s.inner)
+    row_linear_forward(tape, s)
+    if lean:
+        tape.give(s.inner)
+    if free:
+        tape.live = before + s.row
+
+
+def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bool) -> None:
+    """From the gradient of the output (live before) to that of the input.
+
+    Frees what the block kept, or with `split` leaves what its weight gradients need. An output gradient that is `held` elsewhere stays.
+    """
+    lean = level == "selective"
+    if level == "full":
+        # once more forward; the output is made, and dropped since the backward pass does not need it
+        block_forward(tape, s, "none")
+        tape.give(s.row)
+    bias = s.hidden * s.e if s.biases else 0
+    kept = split and not s.sequence_parallel
+    tape.take(s.gathered)
+    with tape.during(s.inner):
+        tape.take(bias)
+        if not split:
+            tape.take_buffer(s.gradients_buffer)
+            with tape.during(s.inner if lean else 0):
+                pass
+        activation_backward(tape, s)
+    if not split:
+        tape.give(s.gathered + bias + s.up + (0 if lean else s.inner))
+    norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
+    sum_gradients(tape, s, held=held or kept)
+    tape.take(s.gathered)
+    with tape.during(s.query):
+        tape.take(bias)
+        if not split:
+            tape.give(s.gathered + bias)
+        tape.take(s.qkv)
+    tape.give(s.qkv + s.head_stats + (0 if split else s.query))
+    tape.take(s.qkv)
+    tape.give(s.qkv)
+    norm_linear_backward(tape, s, s.qkv, lean, split, rope=True, bias=s.biases)
+    sum_gradients(tape, s, held=kept)
+
+
+def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
+    """The weight gradients that a split backward pass put off; frees all that it left."""
+    lean = level == "selective"
+    bias = s.hidden * s.e if s.biases else 0
+    gradient = s.whole
+    tape.take_buffer(s.gradients_buffer)
+    with tape.during(s.inner if lean else 0):
+        pass
+    tape.give(gradient + bias + s.up + (0 if lean else s.inner))
+    norm_linear_weights(tape, s, s.up, lean, bias=s.biases)
+    tape.give(s.up + s.stats + (0 if lean else s.row) + s.row + s.gains)
+    tape.give(gradient + bias + s.query)
+    norm_linear_weights(tape, s, s.qkv, lean, bias=s.biases)
+    tape.give(s.qkv + s.stats + (0 if lean else s.row) + s.row + s.gains)
+
+
+def embedding_forward(tape: Tape, s: Shape) -> None:
+    """Leaves what the embedding keeps (masked tokens, where the table is split) and its output."""
+    if s.split:
+        with tape.during(3 * s.tokens):
+            pass
+        tape.take(9 * s.tokens)
+    with tape.during(s.gathered):
+        tape.take(s.row)
+    if s.positions:
+        with tape.during(8 * s.rows), tape.during(s.row):
+            pass
+    if s.embedding_norm:
+        norm_forward(tape, s)
+
+
+def embedding_backward(tape: Tape, s: Shape, split: bool) -> None:
+    """Frees what the embedding kept and the gradient of its output, or with `split` leaves them."""
+    if s.embedding_norm:
+        norm_backward(tape, s)
+        tape.give(2 * s.row + s.stats)
+    if not split:
+        embedding_weights(tape, s)
+
+
+def embedding_weights(tape: Tape, s: Shape) -> None:
+    tape.take_buffer(s.gradients_buffer)
+    if s.positions:
+        with tape.during(8 * s.rows):
+            pass
+    with tape.during(s.gathered), tape.during(s.whole if s.split else 0):
+        pass
+    with tape.during(s.whole if s.split else 0):
+        tape.take_buffer(s.table_buffer)
+    tape.give(s.row + (9 * s.tokens if s.split else 0))
+
+
+def _chunk_bytes(s: Shape) -> int:
+    """fp32 logits of one chunk of rows, and a figure for each row."""
+    return min(s.tokens, max(1, HEAD_CHUNK_ELEMENTS // s.vocabulary)) * (s.vocabulary + 1) * 4
+
+
+def head_forward(tape: Tape, s: Shape) -> None:
+    """Leaves what the head keeps: statistics, logits, and two fp32 figures a token; its input is there before."""
+    norm_forward(tape, s)
+    logits = s.tokens * s.vocabulary * s.e
+    with tape.during(s.gathered):
+        tape.take(logits)
+    tape.give(s.row)
+    tape.take(3 * 4 * s.tokens)
+    with tape.during(9 * s.tokens), tape.during(_chunk_bytes(s)):
+        pass
+    tape.give(4 * s.tokens)
+
+
+def head_backward(tape: Tape, s: Shape, split: bool) -> None:
+    """Leaves the gradient of the head's input; frees what the head kept, its input with it, unless `split`."""
+    with tape.during(9 * s.tokens + 2 * 4 * s.tokens), tape.during(_chunk_bytes(s)):
+        pass
+    tape.take(s.whole)
+    if s.sequence_parallel:
+        tape.take(s.row)
+        tape.give(s.whole)
+    if not split:
+        head_weights(tape, s)
+    norm_backward(tape, s)
+    tape.give(s.row)
+    tape.give(8 * s.tokens)
+    if split:
+        tape.take(s.gains)
+    else:
+        tape.give(s.row + s.stats + s.tokens * s.vocabulary * s.e)
+
+
+def head_weights(tape: Tape, s: Shape) -> None:
+    norm_again(tape, s)
+    tape.take_buffer(s.table_buffer)
+    with tape.during(s.gathered):
+        pass
+    tape.give(s.row)
+
+
+class Peak(NamedTuple):
+    """Bytes at the moment when a layer needs most: activations, and buffers beside them."""
+
+    activations: int
+    buffers: int
+
+
+class LayerActivations(NamedTuple):
+    """One layer, per micro-batch. The peaks include what the layer keeps, its input, and the gradient of its output."""
+
+    kept: int
+    """From the forward to the backward pass, the layer's input included."""
+    forward: Peak
+    backward: Peak
+    """Of a backward pass, or of its part for the inputs when it is split."""
+    deferred: int
+    """Kept from the inputs' part of a split backward pass to the weights' part."""
+    weights: Peak
+
+
+@functools.lru_cache(maxsize=8192)
+def layer_activations(s: Shape, kind: LayerKind, level: Recompute = "none", held: bool = False, split: bool = False) -> LayerActivations:
+    """The closed forms of one layer. `held` says that the gradient of its output stays live to the end of the stage."""
+    tape, back, weights = Tape(), Tape(), Tape()
+    tape.take_buffer(s.weights_buffer)
+    if kind != "embedding":
+        tape.take(s.row)
+    if kind == "embedding":
+        embedding_forward(tape, s)
+    elif kind == "head":
+        head_forward(tape, s)
+    else:
+        block_forward(tape, s, level)
+    kept = tape.live - (0 if kind == "head" else s.row)
+    gradient = 0 if kind == "head" else s.row
+    back.take_buffer(s.weights_buffer)
+    back.take(kept + gradient)
+    if kind == "embedding":
+        embedding_backward(back, s, split)
+        deferred = back.live
+    elif kind == "head":
+        head_backward(back, s, split)
+        deferred = back.live - s.row
+    else:
+        block_backward(back, s, level, held, split)
+        deferred = back.live - s.row - (s.row if held and (s.sequence_parallel or not split) else 0)
+    weights.take(deferred)
+    if split:
+        if kind == "embedding":
+            embedding_weights(weights, s)
+        elif kind == "head":
+            head_weights(weights, s)
+        else:
+            block_weights(weights, s, level)
+    return LayerActivations(kept, _peak(tape), _peak(back), deferred, _peak(weights))
+
+
+def _peak(tape: Tape) -> Peak:
+    return Peak(tape.peak, tape.peak_buffers)

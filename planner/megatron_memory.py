@@ -1,0 +1,41 @@
+"""Activation bytes of Megatron-LM, by the published formula s·b·h·(34 + 5·a·s/h) and its variants.
+
+Korthikanti et al. 2022 (arXiv 2205.05198): equations 1 (serial), 2 (tensor parallel), 4 (with sequence parallelism), 5 (first and last stage),
+6 (selective recomputation), and 2·s·b·h for full recomputation; generalised to grouped queries and gated MLPs term by term.
+"""
+
+from __future__ import annotations
+
+from planner.activations import LayerActivations, Peak
+from planner.graph import LayerKind
+from planner.plan import Decisions, Inputs, Recompute
+
+
+def megatron_activations(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> LayerActivations:
+    """One layer on one rank, per micro-batch."""
+    model, training = inputs.model, inputs.training
+    t = decisions.tensor_parallel
+    shard = t if decisions.sequence_parallel else 1
+    tokens = decisions.micro_batch_size * training.sequence_length
+    h, q, kv, f = model.hidden_size, model.query_size, model.key_value_size, model.ffn_hidden_size
+    if kind == "embedding":
+        return _of(tokens * h / shard, 0.0)
+    if kind == "head":
+        # The logits in fp32 and the inputs of the final norm and of the projection live only while the head runs.
+        return _of(0.0, tokens * (4 * h / shard + 4 * model.vocab_size / t))
+    scores = 5 * model.num_attention_heads * training.sequence_length * tokens / t
+    attention = tokens * ((2 * h + h) / shard + (2 * q + 4 * kv + 2 * q) / t)
+    mlp = tokens * ((2 * h + (0 if model.gated_ffn else h)) / shard + (6 if model.gated_ffn else 4) * f / t)
+    norms = tokens * 4 * h / shard
+    block = attention + mlp + norms
+    if recompute == "full":
+        return _of(2 * tokens * h / shard, block + scores)
+    if recompute == "selective":
+        return _of(block, scores)
+    return _of(block + scores, 0.0)
+
+
+def _of(kept: float, transient: float) -> LayerActivations:
+    """What is made again in the backward pass comes on top of what is kept."""
+    size, peak = round(kept), round(kept + transient)
+    return LayerActivations(size, Peak(size, 0), Peak(peak, 0), size, Peak(size, 0))
