@@ -20,7 +20,8 @@ def main() -> None:
     memory, wall = whole.memory, whole.wall
     assert wall is not None
     print(f"{model.name}: {model.num_parameters:,} parameters")
-    print(f"weights {memory.weights_bytes / GB:,.0f} GB + gradients {memory.gradients_bytes / GB:,.0f} GB + Adam {memory.optimizer_bytes / GB:,.0f} GB")
+    parts = {"weights": memory.weights_bytes, "gradients": memory.gradients_bytes, "Adam": memory.optimizer_bytes}
+    print(" + ".join(f"{name} {size / GB:,.0f} GB" for name, size in parts.items()))
     print(f"= {memory.total_bytes / GB:,.0f} GB before any activation: {wall.num_gpus_for_states} x {wall.gpu}")
     print(f"300B tokens: {wall.training_flops:.2e} FLOPs, {wall.v100_years:,.0f} V100-years at 28 TFLOP/s")
 

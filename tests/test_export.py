@@ -170,6 +170,7 @@ def test_torchtitan_has_every_decision():
     }  # fmt: skip
     assert values["TRAINING"]["num_tokens_per_microbatch_per_dp_rank"] == 2 * 2048
     assert values["TRAINING"]["num_tokens_per_train_step"] == 4 * 2 * 8 * 2048
+    assert values["TRAINING"]["disable_cuda_graphs"] is True
     assert values["ACTIVATION_CHECKPOINT"] == "full"
     assert values["MODEL"]["n_layers"] == 6 and values["MODEL"]["hidden_dim"] == 11008
     assert "NOTE: torchtitan has no ZeRO-1" not in text

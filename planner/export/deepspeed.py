@@ -79,6 +79,8 @@ def export_deepspeed(plan: Plan) -> dict[str, str]:
         "zero_optimization": {"stage": decisions.zero_stage if decisions.data_parallel > 1 else 0},
         "optimizer": {"type": "AdamW" if training.optimizer == "adam" else "SGD", "params": {"lr": 1e-4}},
     }
+    if training.optimizer != "adam" and decisions.zero_stage:
+        config["zero_allow_untested_optimizer"] = True
     files: dict[str, str] = {}
     if pipeline:
         if decisions.tensor_parallel > 1:

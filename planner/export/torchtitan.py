@@ -134,6 +134,7 @@ def export_torchtitan(plan: Plan) -> dict[str, str]:
             "max_context_length": training.sequence_length,
             "dtype": "bfloat16" if training.precision == "bf16" else "float32",
             "mixed_precision_param": "float32" if training.precision == "fp32" else "bfloat16",
+            "disable_cuda_graphs": decisions.pipeline_parallel > 1,  # its trainer refuses them with a pipeline
         },
         "parallelism": _parallelism(plan, notes),
         "activation_checkpoint": level,

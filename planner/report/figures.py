@@ -209,7 +209,7 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float | None]) -> go.Figu
     figure.add_scatter(
         x=list(steps), y=list(losses), mode="lines+markers" if len(steps) <= 60 else "lines", line={"color": MEASURED}, showlegend=False
     )
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(title_text="step", tickformat="d", dtick=1 if len(steps) <= 15 else None)
     figure.update_yaxes(title_text="loss (mean over tokens)")
     return _layout(figure, 300)
 
@@ -229,7 +229,7 @@ def step_seconds_figure(
         figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": PREDICTED, "width": 2}, name="predicted")
     if interval is not None:
         figure.add_hrect(y0=interval[0] / unit.size, y1=interval[1] / unit.size, fillcolor=PREDICTED, opacity=0.12, line_width=0)
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(title_text="step", tickformat="d", dtick=1 if len(steps) <= 15 else None)
     figure.update_yaxes(title_text=f"step time ({unit.name})", rangemode="tozero")
     rest = max([*seconds[1:], predicted or 0.0, interval[1] if interval else 0.0], default=0.0)
     if len(seconds) > 1 and seconds[0] > 3 * rest > 0:
