@@ -15,6 +15,7 @@ of several, so it holds for all cuts. The paths:
   combination of these p paths weighs all stages alike (the weights λ_i satisfy λ_i (m-p+i-1) = λ_{i+1} (m-p+i+1) >= 0),
   which gives (m + p - 1)/p W. And a micro-batch enters stage 0 only after the p-th before it has left: ceil(m/p) round
   trips of W + 2 (p - 1) c.
+  Since Σ_{j>i} w_j = W - Σ_{j<=i} w_j, the slowest stage i gives 2 W + (m - p - 1) w_i, with whole blocks on it.
 - *Naive* has one path: m (W + 2 (p - 1) c).
 
 Memory: `rank_rooms` says how many blocks a rank can hold and in which time, with blocks divisible; `least_work` is then W
@@ -190,12 +191,15 @@ def never_idle_bound(
     num_blocks: int,
     at_least: float,
     goal: float,
+    microbatches: int | None = None,
 ) -> float:
     """The least T for which the blocks find room: rank r does its work and its tail within T - fills[r].
 
+    `microbatches` is how many of them a rank's path counts, all by default.
+
     Found by bisection from `at_least`; infinite where not even `goal` is enough. A rank takes whole blocks.
     """
-    m = decisions.num_microbatches
+    m = decisions.num_microbatches if microbatches is None else microbatches
 
     def blocks_within(seconds: float) -> float:
         total = 0.0

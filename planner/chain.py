@@ -231,7 +231,33 @@ class Costs:
             fixed_seconds=self.fixed_seconds(decisions),
             reduce_pieces=self.reduce_pieces(decisions),
             optimizer_piece=self.optimizer_piece(decisions),
+            patterns=regular_sizes(self.inputs.model.num_layers, decisions.num_stages) if decisions.num_virtual_stages > 1 else (),
         )
+
+
+@functools.lru_cache(maxsize=256)
+def regular_sizes(num_blocks: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
+    """Layers per stage that a plan with several stages per rank may have: regular, apart from the two ends.
+
+    The first stage has the embedding and some blocks, the last the head and some blocks; the others share the rest as
+    evenly as can be, with the longer ones in the middle, next to each other and so on different ranks. Megatron-LM knows
+    only the fully even of these. With free cuts, interleaved stages differ by less than the model is sure of, at a price:
+    a proof takes minutes.
+    """
+    inner, most = num_stages - 2, -(-num_blocks // num_stages) + 1
+    found: dict[tuple[int, ...], None] = {}
+    for first in range(most, max(most - 6, -1), -1):
+        for last in range(most, max(most - 6, -1), -1):
+            rest = num_blocks - first - last
+            if rest < inner or (inner == 0 and rest):
+                continue
+            base, extra = divmod(rest, inner) if inner else (0, 0)
+            if base + (extra > 0) > most:
+                continue
+            start = (inner - extra + 1) // 2
+            middle = [base + (1 if start <= index < start + extra else 0) for index in range(inner)]
+            found[(first + 1, *middle, last + 1)] = None
+    return tuple(found)
 
 
 class Profile(NamedTuple):

@@ -79,6 +79,31 @@ class Graph:
                 found[self._path(final, ends, seconds, along_rank)] = None
         return length, tuple(found)
 
+    def rank_paths(self) -> tuple[Path, ...]:
+        """For each rank two paths that follow it without a pause: to its own end, and up from its last backward to rank 0."""
+        owner = [-1] * len(self.key_of)
+        for index, previous in enumerate(self.previous):
+            owner[index] = owner[previous] if previous >= 0 else index
+        found: dict[Path, None] = {}
+        for final in self.last:
+            for begin in {final, self.last[0]}:
+                counts: dict[Key, int] = {}
+                index = begin
+                while index >= 0:
+                    key = self.keys[self.key_of[index]]
+                    counts[key] = counts.get(key, 0) + 1
+                    on_rank = owner[index] == owner[final]
+                    needs, previous = self.needs[index], self.previous[index]
+                    if needs >= 0 and (previous < 0 or not on_rank) and (owner[needs] != owner[index] or previous < 0):
+                        if self.message[index] >= 0:
+                            sent = self.keys[self.message[index]]
+                            counts[sent] = counts.get(sent, 0) + 1
+                        index = needs
+                    else:
+                        index = previous
+                found[tuple(sorted(counts.items()))] = None
+        return tuple(found)
+
     def _path(self, final: int, ends: list[float], seconds: Mapping[Key, float], along_rank: bool) -> Path:
         counts: dict[Key, int] = {}
         slack = 1e-9 * ends[final] * (-1 if along_rank else 1)

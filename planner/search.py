@@ -16,6 +16,7 @@ it, and what was opened has been solved. So the result is optimal over the whole
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 import time
@@ -34,7 +35,7 @@ from planner.candidates import (
     zero_stages,
 )
 from planner.chain import Costs, Profile, counts_of, dominates, least_in_flight, stages_of
-from planner.critical_path import Path, graph
+from planner.critical_path import Path, graph, path_seconds
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import predict
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Inputs, Plan, SolverReport, check, digest, replace
@@ -260,21 +261,27 @@ class _Search:
         if candidate.schedule not in SPLIT_BACKWARD_SCHEDULES:
             ends = min(tail.intercept for tail in tails)
             paths.append(([least.fill(rank, True) for rank in ranks], bounds.Tail(0.0, ends)))
+        each, p, m = costs.parameters(candidate, "block"), candidate.pipeline_parallel, candidate.num_microbatches
         for fills, tail in paths:
             if bound < goal:
-                bound = bounds.never_idle_bound(candidate, rooms, fills, tail, costs.parameters(candidate, "block"), blocks, bound, goal)
+                bound = bounds.never_idle_bound(candidate, rooms, fills, tail, each, blocks, bound, goal)
+        if candidate.schedule == "1F1B" and m > p + 1 > 2 and bound < goal:
+            fills = [2 * (whole + (p - 1) * least.message)] * p
+            bound = bounds.never_idle_bound(candidate, rooms, fills, bounds.Tail(0.0, 0.0), each, blocks, bound, goal, m - p - 1)
         return bound + costs.step_seconds
 
     def relax(self, candidate: Decisions, above: float) -> bool:
-        """Finds a first plan by simple rules, and raises the bound by some rounds of the linear relaxation."""
-        known = self.others.get(candidate)
-        if known is None:
-            known = self.try_simple(candidate)
+        """Finds a first plan by simple rules, and raises the bound: by walks where cuts are regular, else by the relaxation."""
+        if candidate not in self.others:
+            self.try_simple(candidate)
         if above >= self.goal * (1 - TOLERANCE):
             return True
         pipeline = self.costs.pipeline(candidate, self.levels)
-        solution = self.program(candidate, pipeline, above, RELAXED_ROUNDS)
         self.num_relaxed += 1
+        if pipeline.patterns:
+            self.push(max(above, self.pattern_walks(candidate, pipeline)[0][0]), RELAXED, candidate)
+            return True
+        solution = self.program(candidate, pipeline, above, RELAXED_ROUNDS)
         bound = max(solution.bound + self.costs.step_seconds, above)
         if not solution.proven:
             self.push(bound, ROOM if bound > above * (1 + 1e-3) else RELAXED, candidate)
@@ -283,11 +290,36 @@ class _Search:
     def try_simple(self, candidate: Decisions) -> Found | None:
         """The better of the plans that simple rules give, if they fit."""
         pipeline = self.costs.pipeline(candidate, self.levels)
-        for sizes in (greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)):
-            counts = greedy.fit(pipeline, sizes)
+        if pipeline.patterns:
+            bound, sizes = self.pattern_walks(candidate, pipeline)[0]
+            choices = [list(sizes)] if bound < self.goal else []
+        else:
+            choices = [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
+        for sizes in choices:
+            counts = greedy.fit(pipeline, list(sizes))
             if counts is not None:
                 self.offer(candidate, pipeline, counts)
         return self.others.get(candidate)
+
+    def pattern_walks(self, candidate: Decisions, pipeline: Pipeline) -> list[tuple[float, tuple[int, ...]]]:
+        """The regular cuts with their step time when memory is no matter, fastest first, as far as they beat the goal.
+
+        More recomputation makes no action shorter and so no step: these are lower bounds. A cut that a known path already
+        shows to be slower than the goal is not walked.
+        """
+        whole, pool = graph(*_shape(candidate)), self.paths.setdefault(_shape(candidate), {})
+        found = []
+        goal = self.goal - self.costs.step_seconds
+        for sizes in pipeline.patterns:
+            seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
+            bound = max((path_seconds(path, seconds) for path in pool), default=0.0)
+            if bound < goal and len(pool) < MAX_PATHS:
+                bound, paths = whole.critical_paths(seconds)
+                pool.update(dict.fromkeys(paths))
+            elif bound < goal:
+                bound = whole.longest(seconds)
+            found.append((bound + self.costs.step_seconds, sizes))
+        return sorted(found)
 
     def dive(self) -> None:
         """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
@@ -318,6 +350,12 @@ class _Search:
 
     def solve(self, candidate: Decisions, above: float) -> bool:
         pipeline = self.costs.pipeline(candidate, self.levels)
+        if pipeline.patterns:
+            walks = self.pattern_walks(candidate, pipeline)
+            left = tuple(sizes for bound, sizes in walks if bound < self.goal * (1 - TOLERANCE))
+            if not left:
+                return True
+            pipeline = dataclasses.replace(pipeline, patterns=left)
         solution = self.program(candidate, pipeline, above)
         self.num_solved += 1
         if solution.counts is not None:

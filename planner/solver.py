@@ -18,6 +18,7 @@ Variables, the first two rows integer:
     Σ_o x[s,r,o] = u[s,r] - u[s-1,r],  u[last,r] = n_r                    every layer on one stage      _layers_once
     n_r y[s,r] <= u[s,r] <= n_r y[s,r-1]                                  runs follow one another       _runs_in_order
     Σ_{r,o} x[s,r,o] >= 1                                                 no stage is empty             _no_empty_stage
+      or, where sizes are restricted to patterns k, = Σ_k size[k,s] π[k], Σ π[k] = 1, π binary          _one_pattern
     F[s] = Σ f[r,o] x[s,r,o]  (B, I, W alike)                             seconds of a stage            _stage_seconds
     R[s] >= g Σ parameters_r x[s,r,o] + g' for each piece (g, g')          its reduction                 _reduce_seconds
     Σ_{s on the rank} Σ (e_r + k_s a[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment of each rank   _memory
@@ -49,6 +50,8 @@ from planner.errors import SolverError
 
 TOLERANCE = 1e-6
 """Relative gap below which a plan counts as proven optimal; it is the solver's own feasibility tolerance."""
+RELAXED_PROGRESS = 1e-3
+"""Rounds of the linear relaxation end when one raises the bound by no more than this share."""
 _SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
 
 
@@ -125,6 +128,8 @@ class Pipeline:
     """Seconds of a stage's reduction by its parameters: the largest of these."""
     optimizer_piece: Piece = _NOTHING
     """Seconds of a rank's optimizer by its parameters."""
+    patterns: tuple[tuple[int, ...], ...] = ()
+    """Layers per stage that may be chosen from; empty for any."""
 
     @property
     def num_stages(self) -> int:
@@ -240,12 +245,12 @@ def solve_pipeline(
     Raises SolverError when no solver is installed or the one chosen fails.
     """
     program = _Program(pipeline, cutoff, solver)
-    for path in dict.fromkeys(paths):
-        program.add_path(path)
+    program.add_paths(graph.rank_paths())
+    program.add_paths(paths)
     middle = stage_seconds(pipeline, start) if start else None
     if middle:
         program.add_paths(graph.critical_paths(middle)[1])
-    best, best_seconds, bound, integer = None, math.inf, lower_bound, False
+    best, best_seconds, bound, integer, relaxed = None, math.inf, lower_bound, False, 0.0
     while True:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
@@ -260,6 +265,8 @@ def solve_pipeline(
             return program.solution(best, best_seconds, bound, False)
         if not integer:
             done = program.separate(graph, stage_seconds(pipeline, outcome.values), middle, outcome.bound)
+            done = done or outcome.bound < relaxed * (1 + RELAXED_PROGRESS)
+            relaxed = outcome.bound
             if relaxed_rounds is not None and (done or program.num_programs >= relaxed_rounds):
                 return program.solution(None, math.inf, bound, False)
             integer = done
@@ -308,7 +315,10 @@ class _Program:
         ]
         self._layers_once()
         self._runs_in_order()
-        self._no_empty_stage()
+        if pipeline.patterns:
+            self._one_pattern()
+        else:
+            self._no_empty_stage()
         self.seconds = self._stage_seconds()
         self.transients: dict[tuple[int, bool], Any] = {}
         for rank in sorted(set(pipeline.ranks)):
@@ -347,6 +357,14 @@ class _Program:
     def _no_empty_stage(self) -> None:
         for rows in self.x:
             self._add([(x, 1.0) for row in rows for x in row], 1, 1.0)
+
+    def _one_pattern(self) -> None:
+        patterns = self.pipeline.patterns
+        chosen = [self.problem.add_variable(f"pattern_{k}", 0, 1, "Integer") for k in range(len(patterns))]
+        self._add([(variable, 1.0) for variable in chosen], 0, 1.0)
+        for s, rows in enumerate(self.x):
+            sizes = [(variable, -float(pattern[s])) for variable, pattern in zip(chosen, patterns, strict=True)]
+            self._add([(x, 1.0) for row in rows for x in row] + sizes, 0, 0.0)
 
     def _stage_seconds(self) -> dict[Key, Any]:
         found: dict[Key, Any] = {}
@@ -503,9 +521,13 @@ class _Program:
 def _most_layers(pipeline: Pipeline, stage: int) -> list[int]:
     """Layers of each run that a stage can hold at most, since each stage before and after it has at least one layer."""
     first, last = stage, pipeline.num_layers - pipeline.num_stages + stage
+    if pipeline.patterns:
+        first = min(sum(pattern[:stage]) for pattern in pipeline.patterns)
+        last = max(sum(pattern[: stage + 1]) for pattern in pipeline.patterns) - 1
+    largest = max((pattern[stage] for pattern in pipeline.patterns), default=pipeline.num_layers)
     found, start = [], 0
     for run in pipeline.runs:
-        found.append(max(0, min(last, start + run.length - 1) - max(first, start) + 1))
+        found.append(min(largest, max(0, min(last, start + run.length - 1) - max(first, start) + 1)))
         start += run.length
     return found
 

@@ -52,6 +52,8 @@ def test_critical_paths_are_as_long_as_the_step_and_bound_every_other_step(shape
     for _ in range(10):
         seconds, others = random_seconds(shape, rng), random_seconds(shape, rng)
         length, paths = whole.critical_paths(seconds)
+        for path in whole.rank_paths():
+            assert path_seconds(path, seconds) <= length * (1 + 1e-9)
         for path in paths:
             assert path_seconds(path, seconds) == pytest.approx(length, rel=1e-6)
             assert path_seconds(path, others) <= whole.longest(others) * (1 + 1e-9)
