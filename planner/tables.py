@@ -32,6 +32,7 @@ from planner.schedule import COMPUTE_KINDS
 from planner.timeline import Timeline, window
 
 if TYPE_CHECKING:
+    from planner.explain import Term
     from planner.paradigms import Paradigms
     from planner.run import DryRun
 
@@ -187,9 +188,45 @@ def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fi
         f"  step: {seconds(time.step_seconds)}{low_high}, bubble {percent(time.bubble_fraction)}, "
         f"MFU {percent(time.model_flops_utilization)}, {count(time.tokens_per_second)} tokens/s"
     )
-    if time.training_days is not None:
-        lines.append(f"  training: {time.training_days:,.1f} days, {time.gpu_years:,.2f} GPU-years" if time.gpu_years else "")
+    lines.append(training_line(time))
     return "\n".join(line for line in lines if line)
+
+
+def training_line(time: Time) -> str:
+    """The whole training run in one line, or nothing where the number of tokens is not known."""
+    if time.training_days is None:
+        return ""
+    parts = [f"{time.training_days:,.1f} days", f"{time.gpu_hours or 0:,.0f} GPU-hours", f"{time.gpu_years or 0:,.1f} GPU-years"]
+    if time.cost is not None:
+        parts.append(f"cost {time.cost:,.0f}")
+    if time.energy_kwh is not None:
+        parts.append(f"{time.energy_kwh / 1000:,.0f} MWh at full power")
+    return f"  training: {', '.join(parts)}"
+
+
+def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Table:
+    """The best plan for each number of GPUs."""
+    rows: list[tuple[object, ...]] = []
+    for number, plan, why in points:
+        if plan is None:
+            rows.append((f"{number:,}", why, None, None, None, None, None, None, None))
+            continue
+        time = plan.predictions.time
+        rows.append(
+            (
+                f"{number:,}",
+                degrees(plan.decisions),
+                seconds(time.step_seconds),
+                percent(time.bubble_fraction),
+                percent(time.model_flops_utilization),
+                count(time.tokens_per_second),
+                gib(plan.predictions.memory.total_bytes),
+                None if time.training_days is None else f"{time.training_days:,.1f}",
+                None if time.cost is None else f"{time.cost:,.0f}",
+            )
+        )
+    columns = ("GPUs", "best plan", "step", "bubble", "MFU", "tokens/s", "peak GiB", "days", "cost")
+    return table(f"{name}: the best plan for each number of GPUs", columns, rows, left=2)
 
 
 def stage_table(inputs: Inputs, decisions: Decisions, ranks: Sequence[PipelineRankPrediction]) -> Table:
@@ -374,3 +411,9 @@ def paradigms_view(document: Paradigms) -> list[RenderableType | str]:
     if missing:
         parts.append(notes("Not possible here", missing))
     return parts
+
+
+def explain_table(terms: Iterable[Term]) -> Table:
+    """The terms of the memory model."""
+    rows = [(term.name, term.formula, f"{term.size:,.0f}", gib(term.size), term.unit, term.why) for term in terms]
+    return table("Every term of the heaviest GPU", ("term", "formula", "bytes", "GiB", "counted per", "why"), rows, left=2)

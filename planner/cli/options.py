@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
 from planner.plan import RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
+
+if TYPE_CHECKING:
+    from planner.candidates import Constraints
 
 PRECISIONS = ("mixed-bf16", "fp32", "bf16")
 OPTIMIZERS = ("adam", "sgd")
@@ -139,6 +142,57 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+_SOLVER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--time-limit", type=NUMBER, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap."),
+    click.option("--forbid", multiple=True, metavar="DECISION=VALUE", help="A value that a decision must not take: schedule=GPipe. Repeatable."),
+    click.option("--rank-order", metavar="AXES", help="Mesh axes from the fastest varying: tp-dp-pp."),
+    click.option("--solver", type=choice(("HiGHS", "CBC")), help="Default: HiGHS, or CBC where it is missing."),
+)
+
+
+def solver_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of the search to a command, which gets them as keywords."""
+    for option in reversed(_SOLVER_OPTIONS):
+        command = option(command)
+    return command
+
+
+def constraints_of(options: dict[str, Any]) -> Constraints:
+    """The Constraints in a command's keywords, which are taken out of `options`."""
+    from planner.candidates import FORBIDDABLE, Constraints
+
+    forbidden = []
+    for text in options.pop("forbid"):
+        name, equals, value = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or name not in FORBIDDABLE:
+            raise InputError("--forbid", text, f"DECISION=VALUE is expected, with a decision of {', '.join(FORBIDDABLE)}")
+        forbidden.append((name, _decision_value(name, value.strip())))
+    order = options.pop("rank_order")
+    axes = tuple(order.split("-")) if order is not None else None
+    if axes is not None and sorted(axes) != ["dp", "pp", "tp"]:
+        raise InputError("--rank-order", order, "tp, dp and pp, each once, such as tp-dp-pp")
+    return Constraints(
+        rank_order=axes,
+        forbidden=tuple(forbidden),
+        time_limit_seconds=options.pop("time_limit"),
+        solver=options.pop("solver"),
+    )
+
+
+def _decision_value(name: str, text: str) -> object:
+    """The value of a decision that `text` means."""
+    if name == "schedule" and text in SCHEDULES or name == "recompute" and text in RECOMPUTE_LEVELS:
+        return text
+    if name == "sequence_parallel" and text in ("true", "false"):
+        return text == "true"
+    if name == "rank_order" and sorted(text.split("-")) == ["dp", "pp", "tp"]:
+        return tuple(text.split("-"))
+    if name not in ("schedule", "recompute", "sequence_parallel", "rank_order") and text.isdigit():
+        return int(text)
+    raise InputError("--forbid", f"{name}={text}", f"a value that {name} can take is expected")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
 
 from planner import documents
 from planner.cli.options import (
-    NUMBER,
     Request,
     cluster_of,
+    constraints_of,
     fixed_of,
     inputs_of,
     json_option,
@@ -18,10 +19,11 @@ from planner.cli.options import (
     request_of,
     request_options,
     require_folder,
+    solver_options,
     training_of,
 )
 from planner.errors import InputError
-from planner.plan import Plan, load_plan
+from planner.plan import Plan, load_plan, replace
 
 
 def print_json(document: Any) -> None:
@@ -86,8 +88,9 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
 @request_options
 @click.option("--gpus", help="A sweep: numbers of GPUs such as 64,128,256, each with its best plan.")
 @click.option("--explain", is_flag=True, help="Every term of the memory model: bytes, and why.")
+@click.option("-o", "--output", type=click.Path(), help="With --gpus: where to write a page with the sweep.")
 @json_option
-def estimate(gpus: str | None, explain: bool, as_json: bool, **options: Any) -> int:
+def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool, **options: Any) -> int:
     """Memory, time and cost. Without degrees: the whole model, and what a single GPU would need.
 
     With degrees: a row per pipeline rank; the heaviest GPU governs. Exit status 3 where the plan does not fit.
@@ -97,7 +100,7 @@ def estimate(gpus: str | None, explain: bool, as_json: bool, **options: Any) -> 
 
     request = request_of(options)
     if gpus is not None:
-        return _sweep(request, gpus, as_json)
+        return _sweep(request, gpus, output, as_json)
     model = model_of(request)
     cluster = cluster_of(request)
     alone = request.cluster is not None and cluster.num_gpus == 1
@@ -115,6 +118,7 @@ def estimate(gpus: str | None, explain: bool, as_json: bool, **options: Any) -> 
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     from planner import tables
     from planner.defaults import complete, repairs, shortage
+    from planner.economics import with_training_run
     from planner.errors import DoesNotFitError
     from planner.estimate import plan_estimate, predict
 
@@ -122,6 +126,8 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     training = training_of(request, model, 1)
     completed = complete(model, cluster_of(request), training, fixed_of(request), batch_given=request.global_batch_size is not None)
     predictions = predict(completed.inputs, completed.decisions)
+    time = with_training_run(predictions.time, completed.inputs, request.num_tokens or model.num_training_tokens)
+    predictions = replace(predictions, time=time)
     document = plan_estimate(completed.inputs, completed.decisions, predictions, completed.assumptions)
     if as_json:
         print_json(document)
@@ -145,24 +151,84 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     raise DoesNotFitError(shortage(completed.inputs, completed.decisions), repairs(completed.inputs, completed.decisions))
 
 
-def _sweep(request: Request, gpus: str, as_json: bool) -> int:
-    raise InputError("--gpus", gpus, "not available")
+def _with_run(plan: Plan, request: Request) -> Plan:
+    """The plan with days, cost and energy of the whole run, where the number of tokens is known."""
+    from planner.economics import with_training_run
+
+    tokens = request.num_tokens or plan.inputs.model.num_training_tokens
+    time = with_training_run(plan.predictions.time, plan.inputs, tokens)
+    return replace(plan, predictions=replace(plan.predictions, time=time))
+
+
+def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> int:
+    """The best plan for each number of GPUs."""
+    from planner import tables
+    from planner.candidates import Constraints
+    from planner.cluster import with_num_gpus
+    from planner.errors import DoesNotFitError
+    from planner.search import search
+
+    numbers = []
+    for text in gpus.split(","):
+        if not text.strip().isdigit() or not 1 <= int(text) <= 10**6:
+            raise InputError("--gpus", gpus, "numbers of GPUs are expected, such as 64,128,256")
+        numbers.append(int(text))
+    if output is not None:
+        require_folder(output)
+    inputs = inputs_of(request)
+    points: list[tuple[int, Plan | None, str]] = []
+    for number in numbers:
+        click.echo(f"solving for {number:,} GPUs", err=True)
+        try:
+            plan = search(replace(inputs, cluster=with_num_gpus(inputs.cluster, number)), Constraints(fixed=fixed_of(request)))
+            points.append((number, _with_run(plan, request), ""))
+        except (DoesNotFitError, InputError) as error:
+            points.append((number, None, str(error)))
+    if output is not None:
+        _write_sweep(inputs.model.name, points, output)
+    if as_json:
+        rows = [{"num_gpus": number, "plan": None if plan is None else documents.builtins(plan), "why_not": why or None} for number, plan, why in points]
+        print_json({"schema": "meshwright.sweep/1", "model": inputs.model.name, "points": rows})
+    else:
+        click.echo(tables.show(tables.sweep_table(inputs.model.name, points)), nl=False)
+    return 0 if any(plan is not None for _, plan, _ in points) else 3
+
+
+def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: str) -> None:
+    from planner.report import sweep_report
+    from planner.report.figures import SweepPoint
+
+    drawn = [
+        SweepPoint(
+            number,
+            plan.predictions.time.step_seconds,
+            plan.predictions.time.tokens_per_second,
+            plan.predictions.time.model_flops_utilization,
+            plan.predictions.memory.total_bytes,
+        )
+        for number, plan, _ in points
+        if plan is not None
+    ]
+    documents.write_text(output, sweep_report(f"{name} on different numbers of GPUs", drawn, [f"{n:,} GPUs: {why}" for n, _, why in points if why]))
+    click.echo(f"wrote {output}", err=True)
 
 
 @click.command()
 @request_options
 @click.option("-o", "--output", type=click.Path(), help="Where to write the plan.")
-@click.option("--time-limit", type=NUMBER, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap.")
+@solver_options
 @json_option
-def solve(output: str | None, time_limit: float, as_json: bool, **options: Any) -> int:
+def solve(output: str | None, as_json: bool, **options: Any) -> int:
     """The ILP: degrees, micro-batch, ZeRO, recompute, schedule and pipeline cuts; what is given is fixed."""
+    constraints = constraints_of(options)
     request = request_of(options)
+    constraints = dataclasses.replace(constraints, fixed=fixed_of(request))
     inputs = inputs_of(request)
     if output is not None:
         require_folder(output)
-    from planner.search import Constraints, search
+    from planner.search import search
 
-    plan = search(inputs, Constraints(fixed=fixed_of(request), time_limit=time_limit))
+    plan = _with_run(search(inputs, constraints), request)
     if output is not None:
         documents.write_text(output, documents.dumps(plan))
     if as_json:

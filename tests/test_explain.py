@@ -1,0 +1,23 @@
+import pytest
+
+from planner.activations import shape_of
+from planner.cluster import load_cluster
+from planner.defaults import Fixed, complete
+from planner.explain import explain_memory, kept_terms
+from planner.memory import layer_needs
+from planner.model import load_model
+from planner.plan import Training
+
+
+@pytest.mark.parametrize("model", ["gpt3-6.7b", "llama-3-8b"])
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_terms_add_up(model: str, level: str, sequence_parallel: bool) -> None:
+    spec = load_model(model)
+    fixed = Fixed(tensor_parallel=4, pipeline_parallel=2, recompute=level, sequence_parallel=sequence_parallel)  # type: ignore[arg-type]
+    completed = complete(spec, load_cluster("a100-80gb:16"), Training(global_batch_size=1, sequence_length=2048), fixed, batch_given=False)
+    shape = shape_of(completed.inputs, completed.decisions)
+    kept = layer_needs(completed.inputs, completed.decisions, "block", level).kept  # type: ignore[arg-type]
+    assert sum(term.size for term in kept_terms(shape, level)) == kept  # type: ignore[arg-type]
+    *parts, total = [term for term in explain_memory(completed.inputs, completed.decisions) if not term.name.startswith("  ")]
+    assert sum(term.size for term in parts) == total.size
