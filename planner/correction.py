@@ -51,9 +51,13 @@ def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, 
     predicted = predict_timeline(inputs, decisions)
     copies = decisions.data_parallel * decisions.tensor_parallel
     found: dict[str, float] = {}
-    for name, kinds in (("forward", "F"), ("backward", "BIW"), ("reduction", ("REDUCE",)), ("optimizer", ("OPTIMIZER",))):
+    for name, kinds in (("forward", "F"), ("backward", "BIW")):
         expected = sum(_durations(predicted.events, kinds)) * copies
         seen = sum(_durations(timeline.events, kinds)) * to_median
+        if expected > 0 and seen > 0:
+            found[name] = _bounded(seen / expected)
+    for name, kind in (("reduction", "REDUCE"), ("optimizer", "OPTIMIZER")):
+        expected, seen = _together(predicted.events, kind), _together(timeline.events, kind) * to_median
         if expected > 0 and seen > 0:
             found[name] = _bounded(seen / expected)
     transits = _transits(timeline, run)
@@ -69,6 +73,18 @@ def _bounded(ratio: float) -> float:
 
 def _durations(events: Iterable[Event], kinds: str | tuple[str, ...]) -> list[float]:
     return [event.end - event.start for event in events if event.kind in kinds]
+
+
+def _together(events: Iterable[Event], kind: str) -> float:
+    """Seconds of an action in which ranks wait for each other: from the last start to the last end, for each stage.
+
+    What the ranks that came first spend waiting for the last one is no cost of the action.
+    """
+    stages: dict[int, list[Event]] = {}
+    for event in events:
+        if event.kind == kind:
+            stages.setdefault(event.stage, []).append(event)
+    return sum(max(event.end for event in same) - max(event.start for event in same) for same in stages.values())
 
 
 def _messages(timeline: Timeline, places: dict[int, tuple[int, int]] | None = None) -> list[Event]:

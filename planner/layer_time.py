@@ -6,6 +6,7 @@ n = b·s tokens of a micro-batch. All times are those of one rank, and add up: a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from planner.cluster import ClusterSpec
@@ -239,20 +240,31 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     weight_bytes = num_parameters_on_rank * ELEMENT_BYTES[precision]
     gradient_bytes = num_parameters_on_rank * (4 if precision == "fp32" else program.gradient_bytes)
     m = decisions.num_microbatches
-    across = all_reduce_seconds(replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
-    if decisions.zero_stage == 0:
-        reduction, gathers, exposed_gather = all_reduce_seconds(whole, gradient_bytes), 0.0, 0.0
-    elif decisions.zero_stage < 3:
-        reduction = (all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds)(shard, gradient_bytes) + across
-        gathers, exposed_gather = 0.0, all_gather_seconds(shard, weight_bytes)
-    else:
-        reduction = reduce_scatter_seconds(shard, gradient_bytes) + across
-        gathers, exposed_gather = 2.0 * all_gather_seconds(shard, weight_bytes), 0.0
-    block = layer_seconds(inputs, decisions, "block", "none", program)
     share = decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters
+    pieces = max(1.0, share) if program.collective_per_layer else 1.0
+
+    def whole_of(collective: Callable[[Group, float], float], ranks: Group, num_bytes: float) -> float:
+        return pieces * collective(ranks, num_bytes / pieces)
+
+    across = whole_of(all_reduce_seconds, replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
+    scatter = whole_of(all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds, shard, gradient_bytes)
+    if decisions.zero_stage >= 2 and program.reduce_each_microbatch:
+        scatter *= m
+    gather = whole_of(all_gather_seconds, shard, weight_bytes)
+    if decisions.zero_stage == 0:
+        reduction, gathers, exposed_gather = whole_of(all_reduce_seconds, whole, gradient_bytes), 0.0, 0.0
+    elif decisions.zero_stage < 3:
+        reduction, gathers, exposed_gather = scatter + across, 0.0, gather
+    else:
+        reduction, gathers, exposed_gather = scatter + across, 2.0 * gather, 0.0
+    block = layer_seconds(inputs, decisions, "block", "none", program)
     if program.overlap_reduction:
-        beside = block.backward * share * (1.0 if decisions.zero_stage < 3 else 0.5)
+        beside = block.backward * share
+        if decisions.zero_stage == 3 and program.overlap_gathers:
+            beside = max(0.0, beside - gather)  # the network is busy with the weights for that long
         reduction = max(0.0, reduction - beside)
+        if program.overlap_gathers:
+            exposed_gather = max(0.0, exposed_gather - block.forward * share)
     if decisions.zero_stage < 3:
         return reduction + exposed_gather
     if program.overlap_gathers:

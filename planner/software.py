@@ -43,10 +43,14 @@ class Software(Document, kw_only=True):
     """Bytes that the optimizer step reads and writes per parameter that it owns: gradients, norm, moments, master weights."""
     zero1_all_reduce: bool = False
     """Whether ZeRO-1 and 2 all-reduce the gradients where a reduce-scatter would do."""
+    collective_per_layer: bool = False
+    """Whether gradients are reduced and weights gathered layer by layer, so that each layer pays the latency."""
+    reduce_each_microbatch: bool = False
+    """Whether ZeRO-2 and 3 reduce the gradients of every micro-batch, and not those of the step."""
     overlap_reduction: bool = False
     """Whether the gradient reduction runs while the last micro-batch's backward pass does."""
     overlap_gathers: bool = True
-    """Whether ZeRO-3 gathers the next layer's weights while this one computes."""
+    """Whether weights are gathered while other layers compute: ZeRO-3's before each use, ZeRO-1's and 2's in the next forward pass."""
     data_parallel_bandwidth: float = 1.0
     """Share of the group's bandwidth that its data-parallel collectives reach."""
     overlap_tensor_forward: float = 0.0
