@@ -199,8 +199,10 @@ def test_a_plan_that_does_not_fit_says_so_first():
 
 def test_run_of_another_plan_is_refused(plan):
     run, _ = make_run(make_plan("tiny-gpt", tp=2, pp=2, dp=2, m=4))
-    with pytest.raises(InputError, match="plan_hash"):
+    with pytest.raises(InputError, match="run: plan_hash"):
         report(plan, run)
+    with pytest.raises(InputError, match="dry run: plan_hash"):
+        report(plan, dry_run=make_dry_run(make_plan("tiny-gpt", pp=2)))
 
 
 def test_hostile_strings_stay_text():

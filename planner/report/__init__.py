@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.compare import compare
+from planner.compare import check_same_plan, compare
 from planner.paradigms import Paradigm, Paradigms
 from planner.plan import Plan, plan_hash
 from planner.published import Validation, ValidationRow
@@ -35,6 +35,7 @@ def report(
     `simulated` is `planner.timing.predict_timeline`'s and `measured` is `planner.run.load_actions`', of global ranks.
     Raises InputError when the run or the dry run is not of this plan.
     """
+    check_same_plan(plan, run, dry_run)
     comparison = compare(plan, run, dry_run, actions=measured) if run is not None else None
     sections = [
         parts.verdict(plan, run),
