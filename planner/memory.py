@@ -309,6 +309,20 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
     return 4 * min(OPTIMIZER_CHUNK_ELEMENTS, largest)
 
 
+def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
+    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and what passes between two of its own
+    stages; `decisions.stages` is not read."""
+    if inputs.training.profile == "megatron":
+        return 0
+    tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
+    chunk = 0
+    if inputs.training.precision == "mixed-bf16":
+        kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
+        units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
+        chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
+    return 16 * tokens + chunk + (2 * boundary_bytes(inputs, decisions) if decisions.pipeline_parallel > 1 else 0)
+
+
 def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) -> Peak:
     """The moment when a rank's activations and buffers are largest, over its compute actions in order.
 

@@ -45,6 +45,7 @@ def make_plan(
     sizes: tuple[int, ...] = (),
     sequence_length: int | None = None,
     precision: str = "mixed-bf16",
+    optimizer: str = "adam",
     runners_up: bool = False,
     **decisions: Any,
 ) -> Plan:
@@ -55,7 +56,7 @@ def make_plan(
         model=spec,
         cluster=load_cluster(cluster or f"a100-80gb:{world}"),
         training=Training(
-            global_batch_size=dp * micro * m, sequence_length=sequence_length or min(spec.max_sequence_length, 2048), precision=precision
+            global_batch_size=dp * micro * m, sequence_length=sequence_length or min(spec.max_sequence_length, 2048), precision=precision, optimizer=optimizer
         ),
     )
     stages = even_stages(spec, schedule, pp, virtual, "none")
