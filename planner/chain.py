@@ -57,6 +57,7 @@ class Costs:
         self._seconds: dict[object, dict[Layer, LayerSeconds]] = {}
         self._pieces: dict[object, tuple[Piece, ...]] = {}
         self._optimizer: dict[object, Piece] = {}
+        self._blocks: dict[object, LayerSeconds] = {}
         self._links: dict[object, list[float]] = {}
         self._bytes: dict[object, dict[Layer, LayerBytes]] = {}
 
@@ -67,6 +68,15 @@ class Costs:
         if found is None:
             found = self._seconds[key] = {layer: layer_seconds(self.inputs, decisions, *layer, self.software) for layer in ALL_LAYERS}
         return found
+
+    def block_seconds(self, decisions: Decisions) -> LayerSeconds:
+        """Of one micro-batch through a block, nothing recomputed."""
+        key = self.seconds_key(decisions)
+        if key in self._seconds:
+            return self._seconds[key]["block", "none"]
+        if key not in self._blocks:
+            self._blocks[key] = layer_seconds(self.inputs, decisions, "block", "none", self.software)
+        return self._blocks[key]
 
     def seconds_key(self, decisions: Decisions) -> tuple[object, ...]:
         """What the seconds of a layer depend on."""
@@ -328,15 +338,27 @@ def least_in_flight(
     if num_virtual_stages == 1:
         counts = [float(m if schedule == "GPipe" else 1 if schedule == "Naive" else min(m, p - rank)) for rank in range(p)]
         return tuple((count, count, count) for count in counts)
-    sums: dict[int, list[float]] = {}
-    numbers: dict[int, int] = {}
-    for moment in memory_moments(schedule, p, num_virtual_stages, m):
-        row = sums.setdefault(moment.rank, [0.0] * len(moment.in_flight))
-        numbers[moment.rank] = numbers.get(moment.rank, 0) + 1
-        for index, (_, count) in enumerate(moment.in_flight):
-            row[index] += count
-    means = [[total / numbers[rank] for total in sums[rank]] for rank in range(p)]
-    return tuple((min(row), row[0], row[-1]) for row in means)
+    rounds = 2 * (m // max(1, m // p)) if schedule != "ZBVZeroBubble" else 3 * p  # enough to fill the pipeline
+    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
+    found = []
+    for actions in compute_actions(schedule, p, num_virtual_stages, min(m, rounds)):
+        live = dict.fromkeys(sorted({stage for _, stage, _ in actions}), 0)
+        most = total = 0
+        fullest: list[tuple[int, ...]] = []
+        for kind, stage, _ in actions:
+            if kind == "F":
+                live[stage] += 1
+                total += 1
+                if total > most:
+                    most, fullest = total, []
+                if total == most:
+                    fullest.append(tuple(live.values()))
+            elif kind == final_kind:
+                live[stage] -= 1
+                total -= 1
+        means = [sum(column) / len(fullest) for column in zip(*fullest, strict=True)]
+        found.append((min(means), means[0], means[-1]))
+    return tuple(found)
 
 
 def _maximal(vectors: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -45,7 +45,7 @@ SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "
 """From plain to exotic: which of equally fast plans is taken."""
 RELAXED_ROUNDS = 4
 """Linear relaxations of a candidate before the next candidate has its turn."""
-DIVE_DEGREES, DIVE_TRIES = 60, 4
+DIVE_DEGREES, DIVE_TRIES = 40, 4
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
 
@@ -196,12 +196,13 @@ class _Search:
 
     def push_degrees(self, degrees: Degrees) -> None:
         variants = list(schedules(self.inputs, degrees, self.constraints))
-        orders = rank_orders(degrees, self.constraints)
+        orders = sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))
         choices = sequence_parallel_choices(self.inputs, degrees, self.constraints)
         stages = sum(len(zero_stages(degrees, schedule, self.constraints)) for schedule, _ in variants)
         self.num_candidates += stages * len(orders) * len(choices)
         if stages:
-            some = [decisions_of(degrees, sequence_parallel=choice, rank_order=order) for choice in choices for order in orders]
+            # a group whose ranks lie further apart is never faster, so the innermost place of tp is the fastest
+            some = [decisions_of(degrees, sequence_parallel=choice, rank_order=orders[0]) for choice in choices if orders]
             if some:
                 fastest = min(self.whole(decisions) for decisions in some)
                 self.push(bounds.busy_bound(some[0], fastest), DEGREES, degrees)
@@ -215,6 +216,8 @@ class _Search:
         names = {zero for schedule, _ in schedules(self.inputs, degrees, self.constraints) for zero in zero_stages(degrees, schedule, self.constraints)}
         for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
             for order in rank_orders(degrees, self.constraints):
+                if order[0] != "tp" and self.too_slow(decisions_of(degrees, sequence_parallel=choice, rank_order=order)):
+                    continue
                 for zero in sorted(names):
                     layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
                     found.append((layout, self.costs.profile(layout)))
@@ -226,6 +229,12 @@ class _Search:
             kept = [(a, b) for a, b in kept if not (_covers(layout.zero_stage, a.zero_stage) and dominates(profile, b))]
             kept.append((layout, profile))
         return [layout for layout, _ in kept]
+
+    def too_slow(self, layout: Decisions) -> bool:
+        """Whether the blocks alone, at the layout's distance between tensor-parallel ranks, take too long for the mean rank."""
+        block = self.costs.block_seconds(layout)
+        work = self.inputs.model.num_layers * (block.forward + block.backward)
+        return bounds.busy_bound(layout, work) >= self.goal
 
     def push_layout(self, layout: Decisions, above: float) -> None:
         p = layout.pipeline_parallel
@@ -323,30 +332,37 @@ class _Search:
 
     def dive(self) -> None:
         """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
-        looks: list[tuple[float, Degrees]] = []
-        for node in sorted(self.queue)[:DIVE_DEGREES]:
-            assert isinstance(node.item, Degrees)
-            estimates = [self.room_bound(layout, 0.0) for layout in self.layouts(node.item) if self.runs_plain(layout)]
-            if estimates and min(estimates) < math.inf:
-                looks.append((min(estimates), node.item))
-        looks.sort()
-        for _, degrees in looks[:DIVE_TRIES]:
-            layouts = sorted((layout for layout in self.layouts(degrees)), key=lambda layout: self.room_bound(layout, 0.0))
-            for layout in layouts[:1]:
-                for schedule, v in self.dive_schedules(layout):
-                    self.try_simple(replace(layout, schedule=schedule, num_virtual_stages=v))
+        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches), node.item)
+                 for node in self.queue if isinstance(node.item, Degrees)]  # fmt: skip
+        looks: list[tuple[float, tuple[Any, ...], Decisions]] = []
+        for _, degrees in sorted(rough)[:DIVE_DEGREES]:
+            choice = sequence_parallel_choices(self.inputs, degrees, self.constraints)[0]
+            for order in sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))[:1]:
+                zeros = {zero for name, _ in schedules(self.inputs, degrees, self.constraints) for zero in
+                         zero_stages(degrees, name, self.constraints)}  # fmt: skip
+                for zero in sorted(zeros & {1, 3} or zeros):
+                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                    looks.append((self.look(layout), _plainness(layout), layout))
+        for _, _, layout in heapq.nsmallest(DIVE_TRIES, looks):
+            for schedule, v in self.dive_schedules(layout):
+                self.try_simple(replace(layout, schedule=schedule, num_virtual_stages=v))
 
-    def runs_plain(self, layout: Decisions) -> bool:
-        return True
+    def look(self, layout: Decisions) -> float:
+        """A guess of the step time with 1F1B."""
+        rooms = bounds.rank_rooms(self.costs, layout, least_in_flight(*_shape(layout)), self.levels)
+        p, m = layout.pipeline_parallel, layout.num_microbatches
+        if rooms is None:
+            return math.inf
+        tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + p - 1) / p + tail
 
     def dive_schedules(self, layout: Decisions) -> list[tuple[str, int]]:
-        """The plain schedules and of the interleaved ones those with the fewest and the most stages."""
-        found = [(name, v) for name, v in schedules(self.inputs, _degrees(layout), self.constraints)
-                 if layout.zero_stage in zero_stages(_degrees(layout), name, self.constraints)]  # fmt: skip
+        """The schedules, and of each one the middle of the numbers of stages that it can have."""
         by_name: dict[str, list[tuple[str, int]]] = {}
-        for name, v in found:
-            by_name.setdefault(name, []).append((name, v))
-        return [choice for several in by_name.values() for choice in dict.fromkeys((several[0], several[len(several) // 2], several[-1]))]
+        for name, v in schedules(self.inputs, _degrees(layout), self.constraints):
+            if layout.zero_stage in zero_stages(_degrees(layout), name, self.constraints):
+                by_name.setdefault(name, []).append((name, v))
+        return [several[len(several) // 3] for several in by_name.values()]
 
     def solve(self, candidate: Decisions, above: float) -> bool:
         pipeline = self.costs.pipeline(candidate, self.levels)
