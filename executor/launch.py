@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from executor.checkpoint import Checkpointer, find_checkpoint, resume
 from executor.data import Data, open_tokens
 from executor.measure import Record, StorageTracker, environment, peak_rss_bytes
 from executor.mesh import Mesh, coordinates_of, make_mesh
@@ -43,13 +44,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip-norm", type=float, default=1.0, help="global gradient norm to clip to; 0: no clipping")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="save every N steps; 0: never")
+    parser.add_argument("--checkpoint-folder", default="checkpoints", metavar="FOLDER", help="where step-N go (default checkpoints)")
+    parser.add_argument("--keep-checkpoints", type=int, default=0, metavar="N", help="keep only the newest N; 0: all")
+    parser.add_argument("--resume", metavar="FOLDER", help="a checkpoint step-N, or the folder with them: its newest")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a collective (default 600)")
     options = parser.parse_args(argv)
-    for name, low, high in (("steps", 1, 10**9), ("seed", 0, 2**40), ("warmup_steps", 0, 10**9), ("decay_steps", 0, 10**9)):
-        if not low <= getattr(options, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), f"{low} to {high} is expected")
+    lowest = {"steps": 1, "seed": 0, "warmup_steps": 0, "decay_steps": 0, "checkpoint_every": 0, "keep_checkpoints": 0}
+    for name, low in lowest.items():
+        if not low <= getattr(options, name) <= 2**40:
+            raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), f"a whole number of at least {low} is expected")
     for name, below in (("learning_rate", 1e6), ("min_learning_rate", 1e6), ("weight_decay", 1e6), ("clip_norm", 1e12), ("dropout", 1.0)):
         if not 0 <= getattr(options, name) < below:
             raise InputError(f"--{name.replace('_', '-')}", getattr(options, name), f"a number from 0 to below {below:g} is expected")
@@ -115,6 +121,8 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
     data = Data(tokens, plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise InputError("--output", options.output, "a file in an existing folder is expected")
+    if options.resume:
+        find_checkpoint(options.resume)
     rank = start_process_group(plan, device, options.timeout)
     copies = max(1, decisions.tensor_parallel // plan.inputs.model.num_key_value_heads)
     mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
@@ -129,13 +137,22 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
     )
     trainer = Trainer(plan, mesh, run_options, device)
+    first = resume(trainer, options.resume) if options.resume else 0
     num_tokens = training.global_batch_size * training.sequence_length
 
     def on_step(figures: StepFigures) -> None:
         if rank == 0:
-            stderr_progress(progress_line(figures.step, options.steps, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
+            stderr_progress(progress_line(figures.step, options.steps + first, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
 
-    figures, tracker, sent = train(trainer, data, options.steps, on_step)
+    checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
+
+    def after_step() -> None:
+        if checkpointer is not None and trainer.step_index % options.checkpoint_every == 0:
+            checkpointer.save()
+
+    figures, tracker, sent = train(trainer, data, options.steps, on_step, after_step)
+    if checkpointer is not None:
+        checkpointer.finish()
     document = collect(plan, mesh, trainer.recorder.records(), tracker, sent, figures, device, options.output, rehearsed=False)
     if document is not None and options.output:
         run_document, timeline = document
@@ -148,18 +165,17 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
 def run_rehearsal(plan: Plan, options: argparse.Namespace) -> None:
     """Rehearses, and writes the run document on rank 0: no losses, and no memory."""
     device = torch.device("cpu")
-    training = plan.inputs.training
     rank = start_process_group(plan, device, options.timeout)
     mesh = make_mesh(plan.decisions, rank, timeout_seconds=options.timeout)
     lines = script(plan)
     rehearsal = Rehearsal(plan, mesh, lines)
-    num_tokens = training.global_batch_size * training.sequence_length
     figures = []
     for step in range(options.steps):
         mesh.sent_bytes.clear()
         figures.append(StepFigures(step, 0.0, 0.0, rehearsal.step(), 0.0))
         if rank == 0:
-            stderr_progress(f"rehearsed step {step + 1}/{options.steps}  {figures[-1].seconds * 1e3:.0f} ms at {lines.scale:.3g} x the predicted times")
+            milliseconds = figures[-1].seconds * 1e3
+            stderr_progress(f"rehearsed step {step + 1}/{options.steps}  {milliseconds:.0f} ms at {lines.scale:.3g} x the predicted times")
     document = collect(
         plan, mesh, rehearsal.recorder.records(), StorageTracker(), dict(mesh.sent_bytes), figures, device, options.output, rehearsed=True
     )

@@ -90,7 +90,6 @@ class Trainer:
         if initialise:
             for unit, optimizer in zip(self.units, self.optimizers, strict=True):
                 optimizer.adopt(unit.initialise(options.seed))
-        self._seed_dropout()
         self.recorder = Recorder(device)
         ranks = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
         tokens = decisions.micro_batch_size * training.sequence_length
@@ -103,10 +102,11 @@ class Trainer:
         self.tracker: StorageTracker | None = None
 
     def _seed_dropout(self) -> None:
-        """Masks differ over data- and pipeline-parallel ranks and agree over tensor-parallel ones, unless those hold different rows."""
+        """Masks differ over steps and data- and pipeline-parallel ranks, and agree over tensor-parallel ones unless those hold different rows."""
         place = self.mesh.coordinates
         rank = (place["pp"] * self.plan.decisions.data_parallel + place["dp"]) * self.plan.decisions.tensor_parallel
-        torch.manual_seed(self.options.seed * 1_000_003 + rank + (place["tp"] if self.state.sequence_parallel else 0))
+        rank += place["tp"] if self.state.sequence_parallel else 0
+        torch.manual_seed(hash((self.options.seed, self.step_index, rank)) % 2**63)
 
     def _tied_units(self) -> list[Unit]:
         """The table whose gradients first and last pipeline rank add up."""
@@ -152,6 +152,8 @@ class Trainer:
         """One optimizer step on what `load` has brought."""
         self.recorder.begin_step()
         self.state.loss_sum = None
+        if self.options.dropout:
+            self._seed_dropout()
         self.pipeline.run(self.compute, self._categorised if self.tracker is not None else None)
         self.step_index += 1
         assert self._result is not None
@@ -236,9 +238,9 @@ class StepFigures:
 
 
 def train(
-    trainer: Trainer, data: Data, num_steps: int, on_step: Callable[[StepFigures], None]
+    trainer: Trainer, data: Data, num_steps: int, on_step: Callable[[StepFigures], None], after_step: Callable[[], None] = lambda: None
 ) -> tuple[list[StepFigures], StorageTracker, dict[str, int]]:
-    """`num_steps` steps from where the trainer stands; the first is tracked for memory, which slows it.
+    """`num_steps` steps from where the trainer stands; the first is tracked for memory, which slows it. `after_step` is not timed.
 
     Returns each step's figures, the tracker, and the bytes that this rank sent in the last step along each axis.
     """
@@ -261,5 +263,6 @@ def train(
         step = trainer.step_index - 1
         figures.append(StepFigures(step, loss, norm, seconds, learning_rate(trainer.options, step)))
         on_step(figures[-1])
+        after_step()
     assert tracker is not None
     return figures, tracker, dict(sent)
