@@ -304,8 +304,6 @@ def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:
         refuse("zero_stage", decisions.zero_stage, "0, 1, 2 or 3 is expected")
     if decisions.data_parallel % decisions.data_parallel_replicate:
         refuse("data_parallel_replicate", decisions.data_parallel_replicate, f"a divisor of data_parallel ({decisions.data_parallel})")
-    if False and decisions.zero_stage == 3 and decisions.schedule in SPLIT_BACKWARD_SCHEDULES:
-        refuse("zero_stage", 3, f"{decisions.schedule} splits the backward pass, which works with ZeRO 0, 1 and 2 only")
     check_schedule(
         decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches, f"{where}: decisions"
     )
