@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from planner.plan import load_plan, plan_hash, replace
 from planner.run import load_actions, load_run
 
 TIMEOUT_SECONDS = 120.0
+ROUNDS = 2
+"""Of the device's measurements; each point counts with its fastest round."""
 
 
 def main(argv: list[str]) -> int:
@@ -108,19 +111,9 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
     cuda = device.type == "cuda"
     cores = None if cuda else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     works = cores is None or local_rank < cores
-    matmuls, memory, layers, optimizer = [], [], [], []
-    say(f"matrix products, memory, layers and optimizer, {min(per_node, cores or per_node)} ranks of a node at once")
-    dist.barrier()
-    if works:
-        matmuls = list(matmul_points(device))
-    dist.barrier()
-    if works:
-        memory, optimizer = list(memory_points(device)), list(optimizer_points(device))
-    for index, shape in enumerate(layer_shapes(device.type)):
-        dist.barrier()
-        if works:
-            layers += list(layer_points(shape, device))
-        say(f"layers {index + 1}/{len(layer_shapes(device.type))}")
+    say(f"{min(per_node, cores or per_node)} ranks of a node at once: matrix products, memory, layers, optimizer")
+    rounds = [_measure_device(device, works, index, say) for index in range(ROUNDS)]
+    matmuls, memory, layers, optimizer = (_fastest(points) for points in zip(*rounds, strict=True))
     dist.barrier()
     say(f"collectives and messages between {world} ranks")
     collectives = list(collective_points(device, per_node)) if world > 1 else []
@@ -133,12 +126,36 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
         cores_per_node=cores,
         memory_bytes=_memory_bytes(device, per_node),
         num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
-        matmuls=tuple(matmuls),
-        memory=tuple(memory),
-        layers=tuple(layers),
-        optimizer=tuple(optimizer),
+        matmuls=matmuls,
+        memory=memory,
+        layers=layers,
+        optimizer=optimizer,
         collectives=tuple(collectives),
         messages=tuple(messages),
+    )
+
+
+def _measure_device(device: torch.device, works: bool, index: int, say: Any) -> tuple[list[Any], ...]:
+    """One round on this rank's device: products, memory traffic, layers, optimizer. The ranks go from part to part together."""
+    parts: list[Callable[[], Iterator[Any]]] = [lambda: matmul_points(device), lambda: memory_points(device), lambda: optimizer_points(device)]
+    found: list[list[Any]] = []
+    for part in parts:
+        dist.barrier()
+        found.append(list(part()) if works else [])
+    layers: list[Any] = []
+    for shape in layer_shapes(device.type):
+        dist.barrier()
+        layers += list(layer_points(shape, device)) if works else []
+    dist.barrier()
+    say(f"round {index + 1} of {ROUNDS} done")
+    return found[0], found[1], layers, found[2]
+
+
+def _fastest(rounds: tuple[list[Any], ...]) -> tuple[Any, ...]:
+    """Each point with the least seconds of any round, field by field."""
+    return tuple(
+        points[0]._replace(**{name: min(getattr(point, name) for point in points) for name in points[0]._fields if name.endswith("seconds")})
+        for points in zip(*rounds, strict=True)
     )
 
 
