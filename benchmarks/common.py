@@ -89,3 +89,28 @@ def processor() -> str:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_processor_name()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def run_plans(plans: Sequence[Plan], *, steps: int = 5, rounds: int = 2, launcher: Sequence[str] = (), timeout: float = 900.0) -> list[dict[str, list[float]]]:
+    """What `benchmarks/worker.py` measures of each plan; all of them have the same number of ranks.
+
+    `launcher` starts torchrun's arguments somewhere else, as `scripts/two-hosts exec` does; by default on this machine.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    world_size = plans[0].decisions.world_size
+    with tempfile.TemporaryDirectory() as folder:
+        plans_file, result_file = Path(folder) / "plans.json", Path(folder) / "result.json"
+        plans_file.write_text("[" + ",".join(dumps(plan) for plan in plans) + "]", encoding="utf-8")
+        start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        if launcher:
+            start = [*launcher, "--nproc-per-node", str(world_size // 2)]
+        command = [*start, str(ROOT / "benchmarks" / "worker.py"), str(plans_file), str(result_file), "--steps", str(steps), "--rounds", str(rounds)]
+        for attempt in range(2):
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+            if done.returncode == 0:
+                break
+            sys.stderr.write(f"attempt {attempt + 1} failed: {done.stderr[-1500:]}\n")
+        if done.returncode:
+            raise RuntimeError(f"the runs failed ({done.returncode})")
+        found: list[dict[str, list[float]]] = json.loads(result_file.read_text(encoding="utf-8"))
+        return found

@@ -1,0 +1,256 @@
+"""Was the planner right? `python benchmarks/regret.py [--bench one|fast|slow ...] [-o NAME] [--plot FILE.html]`.
+
+For each bench (one host; two hosts with a fast link; two hosts with a slow link, by `scripts/two-hosts`, which needs root)
+the machine is calibrated once, and then for each of three models *every* feasible plan of a small space is run on 4 ranks:
+all degrees, both orders of the axes where they differ between hosts, two micro-batch sizes, ZeRO 0, 1 and 3. Reported are
+
+    regret     measured time of the plan with the least predicted time, over the least measured time, minus 1
+    Spearman   the rank correlation of predicted and measured times
+
+and on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import ROOT, make_plan, processor, run_plans, table, write_results
+from planner.cluster import ClusterSpec, load_cluster
+from planner.errors import InputError, MeshwrightError
+from planner.model import ModelSpec, load_model
+from planner.network import axis_group
+from planner.plan import Decisions, Plan, check, digest, replace
+from planner.timing import predict_time
+
+RANKS = 4
+BATCH = 16
+RATES = {"fast": "none", "slow": "200mbit"}
+TITLES = {"one": "one host", "fast": "two hosts, fast link", "slow": "two hosts, slow link (200 Mbit/s)"}
+
+
+class Case(NamedTuple):
+    bench: str
+    model: ModelSpec
+    sequence_length: int
+
+
+def models() -> list[tuple[ModelSpec, int]]:
+    """Three models with their sequence lengths: small and deep, wide, and with a large vocabulary."""
+    gpt, llama = load_model("tiny-gpt"), load_model("tiny-llama")
+    return [
+        (replace(gpt, name="gpt-6x128", num_layers=6, hidden_size=128, ffn_hidden_size=512, head_dim=32), 128),
+        (replace(llama, name="llama-4x256", hidden_size=256, ffn_hidden_size=768, num_attention_heads=8, num_key_value_heads=4, head_dim=32), 64),
+        (replace(gpt, name="gpt-4x128-vocabulary-8192", hidden_size=128, ffn_hidden_size=512, head_dim=32, vocab_size=8192), 64),
+    ]
+
+
+def feasible(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> list[Plan]:
+    """Every plan of the space that keeps the rules."""
+    found: dict[str, Plan] = {}
+    orders = (("tp", "dp", "pp"), ("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")) if cluster.gpus_per_node < RANKS else (("tp", "dp", "pp"),)
+    degrees = [(tp, pp, RANKS // tp // pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if RANKS % (tp * pp) == 0]
+    for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (1, 4), (0, 1, 3), orders):
+        if BATCH % (dp * micro) or (zero and dp == 1) or (zero == 3 and pp > 1):
+            continue
+        try:
+            plan = make_plan(
+                model, cluster, tp=tp, pp=pp, dp=dp, micro_batch_size=micro, num_microbatches=BATCH // dp // micro,
+                sequence_length=sequence_length, zero=zero,
+            )  # fmt: skip
+            decisions = replace(plan.decisions, rank_order=order)
+            check(plan.inputs, decisions)
+        except InputError:
+            continue
+        plan = replace(plan, decisions=decisions)
+        found.setdefault(_layout(decisions), plan)
+    return list(found.values())
+
+
+def _layout(decisions: Decisions) -> str:
+    """What tells two plans apart: an axis of size 1 has no place."""
+    sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
+    order = [axis for axis in decisions.rank_order if sizes[axis] > 1]
+    return digest([sizes, order, decisions.zero_stage, decisions.micro_batch_size])
+
+
+def label(decisions: Decisions) -> str:
+    sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
+    order = " ".join(f"{axis}{sizes[axis]}" for axis in decisions.rank_order if sizes[axis] > 1)
+    return f"{order} b{decisions.micro_batch_size}" + (f" ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "")
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks."""
+    def ranks(values: Sequence[float]) -> list[float]:
+        order = sorted(range(len(values)), key=values.__getitem__)
+        found = [0.0] * len(values)
+        for rank, index in enumerate(order):
+            found[index] = float(rank)
+        return found
+
+    return statistics.correlation(ranks(left), ranks(right))
+
+
+def calibrate(bench: str) -> ClusterSpec:
+    """The bench's cluster, as `plan calibrate` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "cluster.json")
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", str(RANKS), "--output", path]
+        if bench != "one":
+            command = [*hosts("exec"), "--nproc-per-node", str(RANKS // 2), "-m", "executor.calibrate", "--output", path]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=600)
+        return load_cluster(path)
+
+
+def hosts(*arguments: str) -> list[str]:
+    return [str(ROOT / "scripts" / "two-hosts"), *arguments]
+
+
+def run_bench(bench: str, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """All cases of a bench."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    if bench != "one":
+        rate = RATES[bench]
+        subprocess.run(hosts("up", *(("--rate", rate) if rate != "none" else ())), env=environment, check=True)
+    try:
+        cluster = calibrate(bench)
+        return [run_case(Case(bench, model, length), cluster, steps, rounds) for model, length in models()]
+    finally:
+        if bench != "one":
+            subprocess.run(hosts("down"), env=environment, check=False)
+
+
+def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[str, Any]:
+    """Runs every feasible plan of a model."""
+    plans = feasible(case.model, case.sequence_length, cluster)
+    predicted = [predict_time(plan.inputs, plan.decisions).time.step_seconds or 0.0 for plan in plans]
+    results = run_plans(plans, steps=steps, rounds=rounds, launcher=() if case.bench == "one" else hosts("exec"))
+    measured = [statistics.median(result["seconds"]) for result in results]
+    rows = [
+        {"plan": label(plan.decisions), "predicted_seconds": p, "measured_seconds": m, "tensor_parallel_inside": _inside(plan)}
+        for plan, p, m in zip(plans, predicted, measured, strict=True)
+    ]
+    chosen = min(range(len(rows)), key=predicted.__getitem__)
+    best = min(range(len(rows)), key=measured.__getitem__)
+    row: dict[str, Any] = {
+        "bench": case.bench,
+        "model": case.model.name,
+        "num_plans": len(plans),
+        "chosen": rows[chosen]["plan"],
+        "best": rows[best]["plan"],
+        "regret": measured[chosen] / measured[best] - 1.0,
+        "spearman": spearman(predicted, measured),
+        "mean_error": statistics.fmean(abs(p / m - 1.0) for p, m in zip(predicted, measured, strict=True)),
+        "placement": _placement(rows),
+        "rows": sorted(rows, key=lambda item: item["measured_seconds"]),
+    }
+    sys.stderr.write(f"{TITLES[case.bench]}, {case.model.name}: regret {100 * row['regret']:.1f} %, Spearman {row['spearman']:.3f}\n")
+    return row
+
+
+def _inside(plan: Plan) -> bool | None:
+    """Whether the tensor-parallel groups stay inside a host; None without tensor parallelism or with a single host."""
+    cluster, decisions = plan.inputs.cluster, plan.decisions
+    if decisions.tensor_parallel == 1 or cluster.gpus_per_node >= RANKS:
+        return None
+    return axis_group(cluster, decisions, "tp").nodes == 1
+
+
+def _placement(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """The best times with tensor-parallel groups inside a host and across hosts, predicted and measured."""
+    inside = [row for row in rows if row["tensor_parallel_inside"] is True]
+    across = [row for row in rows if row["tensor_parallel_inside"] is False]
+    if not inside or not across:
+        return None
+    return {
+        f"{kind}_{name}": min(row[f"{kind}_seconds"] for row in group)
+        for kind in ("predicted", "measured")
+        for name, group in (("inside", inside), ("across", across))
+    }
+
+
+def text_of(cases: Sequence[dict[str, Any]]) -> str:
+    header = ("bench", "model", "plans", "chosen", "best", "regret %", "Spearman", "mean error %")
+    cells = [
+        (TITLES[case["bench"]], case["model"], case["num_plans"], case["chosen"], case["best"], f"{100 * case['regret']:.1f}",
+         f"{case['spearman']:.3f}", f"{100 * case['mean_error']:.1f}")
+        for case in cases
+    ]  # fmt: skip
+    text = f"Regret of the planner's choice, every plan run, {datetime.date.today()}, {processor()}\n\n" + table(header, cells) + "\n"
+    for case in cases:
+        place = case["placement"]
+        if place:
+            text += (
+                f"{TITLES[case['bench']]}, {case['model']}: tensor parallelism inside a host {1e3 * place['measured_inside']:.0f} ms "
+                f"(predicted {1e3 * place['predicted_inside']:.0f}), across {1e3 * place['measured_across']:.0f} ms "
+                f"(predicted {1e3 * place['predicted_across']:.0f})\n"
+            )
+    for case in cases:
+        text += f"\n{TITLES[case['bench']]}, {case['model']}\n"
+        text += table(
+            ("plan", "predicted ms", "measured ms"),
+            [(row["plan"], f"{1e3 * row['predicted_seconds']:.1f}", f"{1e3 * row['measured_seconds']:.1f}") for row in case["rows"]],
+        )
+    return text
+
+
+def plot(cases: Sequence[dict[str, Any]]) -> str:
+    """Predicted against measured times, a colour for each case, as one page that needs no network."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for case in cases:
+        figure.add_scatter(
+            x=[1e3 * row["predicted_seconds"] for row in case["rows"]], y=[1e3 * row["measured_seconds"] for row in case["rows"]],
+            text=[row["plan"] for row in case["rows"]], mode="markers", name=f"{TITLES[case['bench']]}, {case['model']}",
+        )  # fmt: skip
+    times = [1e3 * row[key] for case in cases for row in case["rows"] for key in ("predicted_seconds", "measured_seconds")]
+    figure.add_scatter(x=[min(times), max(times)], y=[min(times), max(times)], mode="lines", name="as predicted", line={"dash": "dot", "color": "grey"})
+    figure.update_layout(title="Every plan: predicted and measured step time", xaxis_title="predicted, ms", yaxis_title="measured, ms")
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log")
+    page: str = figure.to_html(include_plotlyjs=True)
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", choices=("one", "fast", "slow"), action="append", help="default: all three")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-regret)")
+    parser.add_argument("--plot", metavar="FILE", help="where the scatter goes")
+    options = parser.parse_args()
+    benches = options.bench or ["one", "fast", "slow"]
+    if any(bench != "one" for bench in benches):
+        checked = subprocess.run(hosts("check"), capture_output=True, text=True, check=False)
+        if checked.returncode:
+            raise MeshwrightError(checked.stderr.strip())
+    cases = [case for bench in benches for case in run_bench(bench, options.steps, options.rounds)]
+    text = text_of(cases)
+    sys.stdout.write(text)
+    write_results(options.output or f"{datetime.date.today()}-regret", text, cases)
+    if options.plot:
+        Path(options.plot).write_text(plot(cases), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MeshwrightError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_status)

@@ -1,0 +1,100 @@
+"""Runs many plans in one start of the ranks: `torchrun ... benchmarks/worker.py PLANS.json RESULT.json --steps N --rounds K`.
+
+Each plan is trained by the executor's own code; starting processes for each would take longer than the steps. The plans
+are gone through `rounds` times, so that a machine whose speed drifts treats all alike. Rank 0 writes, for each plan, the
+seconds of every step but the first two of a round, and the pipeline phase's bubble and utilisation from the timeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from executor.data import Data, open_tokens
+from executor.mesh import make_mesh
+from executor.train import RunOptions, Trainer
+from planner.documents import convert
+from planner.plan import SCHEMA, Plan
+from planner.timeline import Event, Timeline, bubble_fraction, busy_seconds, window
+
+WARM_STEPS = 2
+
+
+def run(plan: Plan, steps: int) -> dict[str, Any] | None:
+    """On every rank; the result on rank 0."""
+    copies = max(1, plan.decisions.tensor_parallel // plan.inputs.model.num_key_value_heads)
+    mesh = make_mesh(plan.decisions, dist.get_rank(), key_value_copies=copies, timeout_seconds=120)
+    trainer = Trainer(plan, mesh, RunOptions(), torch.device("cpu"))
+    training = plan.inputs.training
+    data = Data(open_tokens(None, plan.inputs.model.vocab_size), plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, 0)
+    seconds, bubbles, utilisations, forwards, backwards = [], [], [], [], []
+    for step in range(steps + WARM_STEPS):
+        trainer.load(data)
+        started = time.perf_counter()
+        result = trainer.step()
+        float(result.loss)
+        elapsed = time.perf_counter() - started
+        gathered: list[Any] = [None] * mesh.world_size
+        dist.gather_object([tuple(record) for record in trainer.recorder.records()], gathered if mesh.rank == 0 else None)
+        if step < WARM_STEPS or mesh.rank:
+            continue
+        seconds.append(elapsed)
+        timeline = _timeline(gathered)
+        first, last = window(timeline)
+        busy = busy_seconds(timeline)
+        bubbles.append(bubble_fraction(timeline))
+        utilisations.append(sum(busy.values()) / len(busy) / (last - first))
+        forwards.append(sum(event.end - event.start for event in timeline.events if event.kind == "F"))
+        backwards.append(sum(event.end - event.start for event in timeline.events if event.kind in "BIW"))
+    return {"seconds": seconds, "bubbles": bubbles, "utilisations": utilisations, "forward_seconds": forwards, "backward_seconds": backwards}
+
+
+def _timeline(gathered: list[Any]) -> Timeline:
+    origin = min(record[3] for records in gathered for record in records)
+    events = tuple(
+        Event(rank, kind, stage, microbatch, (start - origin) / 1e9, (end - origin) / 1e9)
+        for rank, records in enumerate(gathered)
+        for kind, stage, microbatch, start, end in records
+    )
+    return Timeline(source="measured", events=events)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("plans")
+    parser.add_argument("output")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    documents = json.loads(Path(options.plans).read_text(encoding="utf-8"))
+    plans = [convert(document, Plan, options.plans, SCHEMA) for document in documents]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results: list[dict[str, list[float]]] = [{} for _ in plans]
+    for _ in range(options.rounds):
+        for index, plan in enumerate(plans):
+            found = run(plan, options.steps)
+            gc.collect()
+            if rank == 0 and found:
+                for key, values in found.items():
+                    results[index].setdefault(key, []).extend(values)
+                sys.stderr.write(f"{index + 1}/{len(plans)}: {1e3 * min(found['seconds']):.0f} ms\n")
+    if rank == 0:
+        Path(options.output).write_text(json.dumps(results), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
