@@ -218,15 +218,27 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
     return found
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, field: str = "--resume") -> Path:
     """`path` itself when it is a checkpoint, else the newest in it. Raises InputError when there is none."""
     folder = Path(path)
     if (folder / "training.json").exists():
         return folder
     found = sorted(steps_in(folder)) if folder.is_dir() else []
     if not found:
-        raise InputError("--resume", path, "a checkpoint step-N, or a folder that holds one, is expected")
+        raise InputError(field, path, "a checkpoint step-N, or a folder that holds one, is expected")
     return found[-1][1]
+
+
+def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Stored tensors by name, each whole, in fp32."""
+    parts = [Chunk(name, (0,) * len(shape), shape, torch.empty(shape)) for name, shape in shapes.items()]
+    dcp.load(
+        {chunk.key: chunk.tensor for chunk in parts},
+        storage_reader=dcp.FileSystemReader(folder),
+        planner=_Load(parts, str(folder)),
+        no_dist=True,
+    )
+    return {chunk.name: chunk.tensor for chunk in parts}
 
 
 def resume(trainer: Trainer, path: str) -> int:

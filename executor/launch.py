@@ -48,6 +48,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint-folder", default="checkpoints", metavar="FOLDER", help="where step-N go (default checkpoints)")
     parser.add_argument("--keep-checkpoints", type=int, default=0, metavar="N", help="keep only the newest N; 0: all")
     parser.add_argument("--resume", metavar="FOLDER", help="a checkpoint step-N, or the folder with them: its newest")
+    parser.add_argument("--load", metavar="FOLDER", help="start from the Hugging Face safetensors there (GPT-2 and Llama families)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a collective (default 600)")
@@ -136,7 +137,7 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         dropout=options.dropout,
         optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
     )
-    trainer = Trainer(plan, mesh, run_options, device)
+    trainer = Trainer(plan, mesh, run_options, device, load_from=options.load)
     first = resume(trainer, options.resume) if options.resume else 0
     num_tokens = training.global_batch_size * training.sequence_length
 

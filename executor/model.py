@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from executor.functions import NormLinear, Rope, RowLinear, State, attention, make_rope
 from executor.mesh import Mesh
 from executor.units import Entry, Layout, Piece, Unit, make_layout
-from executor.vocabulary import Embed, HeadLoss, Norm, vocabulary_range
+from executor.vocabulary import Embed, HeadLoss, Norm, head_logits, vocabulary_range
 from planner.errors import InputError
 from planner.model import ModelSpec
 from planner.plan import Decisions, Recompute, Stage, block_levels, has_embedding, has_head, stage_blocks
@@ -201,6 +201,8 @@ class StageModel:
         self.layers: list[tuple[tuple[Unit, ...], Forward]] = []
         self.has_embedding = False
         self.has_head = False
+        self.logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Activations before the final norm to this rank's logits, on the last stage."""
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor | None, targets: torch.Tensor | None, state: State) -> torch.Tensor:
         """Activations [rows, h] (or `tokens` [tokens] on the first stage) to activations, or on the last stage to the loss of `targets`."""
@@ -338,3 +340,4 @@ def _add_head(built: StageModel, unit: Unit, table: Unit, state: State, start: i
 
     built.units.append(unit)
     built.layers.append(((table, unit), forward))
+    built.logits = lambda x: head_logits(x, state, table, unit)

@@ -148,7 +148,7 @@ class Pipeline:
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._sends: list[tuple[Any, torch.Tensor]] = []
-        self._instant = dist.get_backend() == "fake"
+        self._instant = dist.is_initialized() and dist.get_backend() == "fake"
         """Whether messages arrive at once: a fake process group never says so."""
 
     def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:

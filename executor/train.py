@@ -13,6 +13,7 @@ import torch
 
 from executor.data import Data
 from executor.functions import State
+from executor.huggingface import reader
 from executor.measure import Recorder, StorageTracker
 from executor.mesh import Mesh
 from executor.model import StageModel, build_stages
@@ -68,7 +69,9 @@ class StepResult:
 class Trainer:
     """One rank of a plan: its stages, their optimizer, and its action list."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, options: RunOptions, device: torch.device, *, initialise: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, mesh: Mesh, options: RunOptions, device: torch.device, *, initialise: bool = True, load_from: str | None = None
+    ) -> None:
         inputs, decisions = plan.inputs, plan.decisions
         training, model = inputs.training, inputs.model
         self.plan, self.mesh, self.options, self.device = plan, mesh, options, device
@@ -87,7 +90,11 @@ class Trainer:
         )
         self.units: list[Unit] = [unit for stage in self.stages.values() for unit in stage.units]
         self.optimizers = [UnitOptimizer(unit, options.optimizer, training.precision == "mixed-bf16") for unit in self.units]
-        if initialise:
+        if load_from is not None:
+            value = reader(model, load_from)
+            for unit, optimizer in zip(self.units, self.optimizers, strict=True):
+                optimizer.adopt(unit.load(value))
+        elif initialise:
             for unit, optimizer in zip(self.units, self.optimizers, strict=True):
                 optimizer.adopt(unit.initialise(options.seed))
         self.recorder = Recorder(device)
@@ -158,6 +165,16 @@ class Trainer:
         self.step_index += 1
         assert self._result is not None
         return self._result
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens, V] for one micro-batch of tokens [tokens], in a plan with one stage and whole weights on every rank."""
+        (stage,) = self.stages.values()
+        assert stage.logits is not None and self.mesh.tp.size == 1 and self.plan.decisions.zero_stage < 3
+        x = torch.zeros((), device=self.device)
+        for position, (_, layer) in enumerate(stage.layers[:-1]):
+            x = layer(x, tokens if position == 0 else None)
+        return stage.logits(x)
 
     def _optimizer_step(self) -> None:
         for unit in self.tied_units:

@@ -138,6 +138,12 @@ class HeadLoss(torch.autograd.Function):
         return dnormed, None, None, None, None, None
 
 
+def head_logits(x: torch.Tensor, state: State, table: Unit, unit: Unit) -> torch.Tensor:
+    """This rank's columns of the logits, [tokens, V / t], without a loss."""
+    logits = gather(state, _final_norm(state, unit, x)[0]) @ table.w["weight"].t()
+    return logits.add_(unit.w["bias"]) if "bias" in unit.keys else logits
+
+
 def _final_norm(state: State, unit: Unit, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if "norm.gain" not in unit.keys:
         return (x,)

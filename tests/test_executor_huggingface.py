@@ -1,0 +1,80 @@
+"""Logits of transformers' models equal ours after loading their weights, and exported weights load into transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plans import make_plan
+
+from planner.model import read_hf_config
+
+torch = pytest.importorskip("torch", reason="the executor needs torch")
+transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
+
+from executor.huggingface import to_huggingface  # noqa: E402
+from executor.mesh import make_mesh  # noqa: E402
+from executor.train import RunOptions, Trainer  # noqa: E402
+from planner.errors import InputError  # noqa: E402
+
+LENGTH = 24
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=131, n_positions=32, n_embd=48, n_layer=3, n_head=4, initializer_range=0.1)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(**changes: Any) -> Any:
+    sizes = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=131, max_position_embeddings=32, initializer_range=0.1, **sizes, **changes)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture(params=["gpt2", "llama", "llama-tied"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Trainer, Path]:
+    """A randomly initialised transformers model, and ours with its weights."""
+    torch.manual_seed(5)
+    theirs = {"gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True)}[request.param]().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # so that biases and gains count too
+    theirs.save_pretrained(tmp_path)
+    spec = read_hf_config(tmp_path / "config.json")
+    plan = make_plan(spec, "cpu:1", micro=2, m=1, sequence_length=LENGTH, precision="fp32")
+    mesh = make_mesh(plan.decisions, 0)
+    return theirs, Trainer(plan, mesh, RunOptions(), torch.device("cpu"), load_from=str(tmp_path)), tmp_path
+
+
+def test_logits_equal_those_of_transformers(pair: tuple[Any, Trainer, Path]) -> None:
+    theirs, ours, _ = pair
+    tokens = torch.randint(0, 131, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    found = ours.logits(tokens.reshape(-1)).view(2, LENGTH, -1)
+    assert expected.std() > 0.5
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_exported_weights_are_the_loaded_ones(pair: tuple[Any, Trainer, Path]) -> None:
+    theirs, ours, _ = pair
+    values = {}
+    for unit in ours.units:
+        for piece, offset in unit.layout.pieces():
+            values[piece.name] = unit.weights[offset : offset + piece.numel].view(piece.shape)
+    exported = to_huggingface(ours.plan.inputs.model, lambda piece: values[piece.name])
+    state = theirs.state_dict()
+    assert set(exported) | {"lm_head.weight"} == set(state)
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_weights_of_another_model_are_refused(pair: tuple[Any, Trainer, Path]) -> None:
+    _, ours, folder = pair
+    from planner.model import replace
+
+    other = replace(ours.plan.inputs.model, hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
+    plan = make_plan(other, "cpu:1", micro=2, m=1, sequence_length=LENGTH, precision="fp32")
+    with pytest.raises(InputError, match="has shape"):
+        Trainer(plan, make_mesh(plan.decisions, 0), RunOptions(), torch.device("cpu"), load_from=str(folder))
