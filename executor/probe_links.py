@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,20 +24,21 @@ def collective_points(device: torch.device, per_node: int) -> Iterator[Collectiv
     """All ranks take part, and get the same points: the mean over the groups of each rank's median."""
     world = dist.get_world_size()
     nodes = world // per_node
-    layouts: list[tuple[list[list[int]], bool]] = []
-    if per_node > 2:
-        layouts.append(([[first, first + 1] for first in range(0, world - 1, 2)], True))
+    layouts: list[tuple[list[list[int]], int]] = []
+    if per_node > 2 and per_node % 2 == 0:
+        layouts.append(([[first, first + 1] for first in range(0, world, 2)], 1))
     if per_node > 1:
-        layouts.append(([list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)], True))
+        layouts.append(([list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)], 1))
     if nodes > 1:
-        layouts.append(([[place + node * per_node for node in range(nodes)] for place in range(per_node)], False))
+        layouts.append(([[place + node * per_node for node in range(nodes)] for place in range(per_node)], nodes))
         if per_node > 1:
-            layouts.append(([list(range(world))], False))
-    for groups, inside in layouts:
+            layouts.append(([list(range(world))], nodes))
+    kinds: tuple[Literal["all_reduce", "all_gather", "reduce_scatter"], ...] = ("all_reduce", "all_gather", "reduce_scatter")
+    for groups, num_nodes in layouts:
         axis = _axis(groups)
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        for kind in kinds:
             for size in CUDA_SIZES if device.type == "cuda" else SIZES:
-                yield CollectivePoint(kind, axis.size, size, _agreed(_time_collective(axis, kind, size, device), device), inside)
+                yield CollectivePoint(kind, axis.size, size, _agreed(_time_collective(axis, kind, size, device), device), num_nodes)
 
 
 def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from planner.cluster import ClusterSpec, Gpu, Link
+from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds
@@ -61,13 +61,13 @@ class OptimizerPoint(NamedTuple):
 
 
 class CollectivePoint(NamedTuple):
-    """A collective over `num_ranks` ranks, `num_bytes` the whole tensor; `inside` a node or between nodes."""
+    """A collective over `num_ranks` ranks on `num_nodes` nodes, `num_bytes` those of the whole tensor."""
 
-    kind: str
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
     num_ranks: int
     num_bytes: int
     seconds: float
-    inside: bool = True
+    num_nodes: int = 1
 
 
 class MessagePoint(NamedTuple):
@@ -118,6 +118,7 @@ def fit(measured: Measurements) -> Fit:
     cluster = _fit_optimizer(cluster, measured.optimizer)
     for inside in (True, False):
         cluster = _fit_link(cluster, measured, inside)
+    cluster = _fit_curves(cluster, measured.collectives)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
     return Fit(replace(cluster, source=_source(residuals)), residuals)
 
@@ -279,18 +280,15 @@ def _collective_prediction(latency: float, bandwidth: float, point: CollectivePo
 def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> ClusterSpec:
     """The link inside a node or between nodes: its bandwidth and latency by messages, and what collectives reach of it."""
     messages = [point for point in measured.messages if point.inside == inside]
-    collectives = [point for point in measured.collectives if point.inside == inside]
+    collectives = [point for point in measured.collectives if (point.num_nodes == 1) == inside]
     if not messages and not collectives:
         return cluster
-
-    def of_message(logs: Sequence[float]) -> float:
-        return _squares((math.exp(logs[0]) + point.num_bytes / math.exp(logs[1])) / point.seconds for point in messages)
 
     def of_collective(logs: Sequence[float]) -> float:
         return _squares(_collective_prediction(math.exp(logs[0]), math.exp(logs[1]), point) / point.seconds for point in collectives)
 
     start = [math.log(1e-4), math.log(1e9)]
-    latency, speed = (math.exp(x) for x in minimise(of_message, start)) if messages else (1e-4, 1e9)
+    latency, speed = _line([(point.num_bytes, point.seconds) for point in messages]) if messages else (1e-4, 1e9)
     collective_latency, collective_speed = (math.exp(x) for x in minimise(of_collective, start)) if collectives else (latency, speed)
     bandwidth = max(speed, collective_speed)
     link = Link(bandwidth_bytes_per_second=bandwidth, latency_seconds=latency, source="measured")
@@ -302,17 +300,42 @@ def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> Clu
     return replace(cluster, efficiency=efficiency, **{"intra_node" if inside else "inter_node": link})
 
 
+def _fit_curves(cluster: ClusterSpec, points: Sequence[CollectivePoint]) -> ClusterSpec:
+    """A line for each collective on each shape of group."""
+    groups: dict[tuple[Literal["all_reduce", "all_gather", "reduce_scatter"], int, int], list[CollectivePoint]] = {}
+    for point in points:
+        groups.setdefault((point.kind, point.num_ranks, point.num_nodes), []).append(point)
+    curves = []
+    for (kind, num_ranks, num_nodes), same in groups.items():
+        latency, bandwidth = _line([(point.num_bytes, point.seconds) for point in same])
+        curves.append(
+            CollectiveCurve(
+                kind=kind, num_ranks=num_ranks, num_nodes=num_nodes, latency_seconds=latency, bandwidth_bytes_per_second=bandwidth
+            )
+        )
+    return replace(cluster, collectives=tuple(curves))
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Latency and bandwidth of seconds = latency + bytes / bandwidth."""
+
+    def cost(logs: Sequence[float]) -> float:
+        return _squares((math.exp(logs[0]) + num_bytes / math.exp(logs[1])) / seconds for num_bytes, seconds in points)
+
+    least = min(seconds for _, seconds in points)
+    most = max(num_bytes / seconds for num_bytes, seconds in points)
+    latency, bandwidth = minimise(cost, [math.log(least), math.log(most)])
+    return math.exp(latency), math.exp(bandwidth)
+
+
 # how well it fits
 
 
 def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
-    efficiency = cluster.efficiency
-
     def collective(point: CollectivePoint) -> float:
-        link = cluster.intra_node if point.inside else cluster.inter_node
-        share = efficiency.collective if point.inside else efficiency.inter_node_collective
-        times = efficiency.collective_latency if point.inside else efficiency.inter_node_collective_latency
-        return _collective_prediction(link.latency_seconds * times, link.bandwidth_bytes_per_second * share, point) / point.seconds
+        curves = {(curve.kind, curve.num_ranks, curve.num_nodes): curve for curve in cluster.collectives}
+        curve = curves[point.kind, point.num_ranks, point.num_nodes]
+        return (curve.latency_seconds + point.num_bytes / curve.bandwidth_bytes_per_second) / point.seconds
 
     layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
     return [

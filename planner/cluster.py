@@ -87,6 +87,19 @@ class Efficiency(Document, kw_only=True):
     source: str = ""
 
 
+class CollectiveCurve(Document, kw_only=True):
+    """Measured: a collective on groups of this shape takes latency_seconds + bytes / bandwidth_bytes_per_second.
+
+    The bytes are those of the whole tensor, so the bandwidth is not that of a link.
+    """
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
+    num_ranks: int
+    num_nodes: int
+    latency_seconds: float
+    bandwidth_bytes_per_second: float
+
+
 class ClusterSpec(Document, kw_only=True):
     """GPUs in nodes: fast links inside a node, slower ones between nodes."""
 
@@ -99,6 +112,8 @@ class ClusterSpec(Document, kw_only=True):
     intra_node: Link
     inter_node: Link
     efficiency: Efficiency = Efficiency()
+    collectives: tuple[CollectiveCurve, ...] = ()
+    """Of groups that were measured; the others follow from the links."""
     cores_per_node: int | None = None
     """On CPUs, the cores that all ranks of a node share; null where each rank has a device of its own."""
     price_per_gpu_hour: float | None = None

@@ -131,7 +131,15 @@ def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]
 
 def _slower_collectives(cluster: ClusterSpec, decisions: Decisions, axis: Axis, ratio: float) -> ClusterSpec:
     """Collectives over the links of an axis take `ratio` times as long."""
-    inside = axis_group(cluster, decisions, axis).nodes == 1
+    ranks = axis_group(cluster, decisions, axis)
+    inside = ranks.nodes == 1
+    curves = tuple(
+        replace(
+            curve, latency_seconds=curve.latency_seconds * ratio, bandwidth_bytes_per_second=curve.bandwidth_bytes_per_second / ratio
+        ) if curve in ranks.curves else curve
+        for curve in cluster.collectives
+    )  # fmt: skip
+    cluster = replace(cluster, collectives=curves)
     share, latency = ("collective", "collective_latency") if inside else ("inter_node_collective", "inter_node_collective_latency")
     cluster, wanted = _room(cluster, inside, getattr(cluster.efficiency, share) / ratio, share)
     changes = {share: wanted, latency: getattr(cluster.efficiency, latency) * ratio}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import ceil, log2
 from typing import NamedTuple
 
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, CollectiveCurve
 from planner.plan import Axis, Decisions
 
 
@@ -23,6 +23,8 @@ class Group(NamedTuple):
     """Bytes per second that one rank moves in a large ring, efficiency included."""
     latency: float
     """Seconds of an empty message on the slowest link."""
+    curves: tuple[CollectiveCurve, ...] = ()
+    """What was measured of groups of this shape."""
 
 
 def axis_stride(decisions: Decisions, axis: Axis) -> int:
@@ -41,14 +43,17 @@ def group(cluster: ClusterSpec, size: int, stride: int) -> Group:
     efficiency = cluster.efficiency
     per_node = max(1, min(size, cluster.gpus_per_node // stride)) if stride <= cluster.gpus_per_node else 1
     nodes = ceil(size / per_node)
+    curves = tuple(curve for curve in cluster.collectives if curve.num_ranks == size and curve.num_nodes == nodes)
     inside = cluster.intra_node
     if nodes == 1:
-        return Group(size, 1, inside.bandwidth_bytes_per_second * efficiency.collective, inside.latency_seconds * efficiency.collective_latency)
+        latency = inside.latency_seconds * efficiency.collective_latency
+        return Group(size, 1, inside.bandwidth_bytes_per_second * efficiency.collective, latency, curves)
     outside = cluster.inter_node
     bandwidth = min(inside.bandwidth_bytes_per_second, outside.bandwidth_bytes_per_second * per_node) if per_node > 1 else (
         outside.bandwidth_bytes_per_second
     )
-    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, outside.latency_seconds * efficiency.inter_node_collective_latency)
+    latency = outside.latency_seconds * efficiency.inter_node_collective_latency
+    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, latency, curves)
 
 
 def axis_group(cluster: ClusterSpec, decisions: Decisions, axis: Axis) -> Group:
@@ -59,20 +64,35 @@ def axis_group(cluster: ClusterSpec, decisions: Decisions, axis: Axis) -> Group:
 
 def all_reduce_seconds(ranks: Group, num_bytes: float) -> float:
     """2·(n-1)/n of the bytes through the ring; the latency is a ring's or a double tree's, whichever is less."""
-    return reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes)
+    measured = _measured("all_reduce", ranks, num_bytes)
+    return 2.0 * _ring_seconds(ranks, num_bytes) if measured is None else measured
 
 
 def all_gather_seconds(ranks: Group, num_bytes: float) -> float:
     """Every rank ends up with `num_bytes`, having begun with 1/n of it."""
+    measured = _measured("all_gather", ranks, num_bytes)
+    return _ring_seconds(ranks, num_bytes) if measured is None else measured
+
+
+def reduce_scatter_seconds(ranks: Group, num_bytes: float) -> float:
+    """Every rank begins with `num_bytes` and ends with 1/n of the sum."""
+    measured = _measured("reduce_scatter", ranks, num_bytes)
+    return _ring_seconds(ranks, num_bytes) if measured is None else measured
+
+
+def _ring_seconds(ranks: Group, num_bytes: float) -> float:
     n = ranks.size
     if n == 1 or num_bytes <= 0:
         return 0.0
     return (n - 1) / n * num_bytes / ranks.bandwidth + ranks.latency * min(n - 1, 2 * log2(n) + 1)
 
 
-def reduce_scatter_seconds(ranks: Group, num_bytes: float) -> float:
-    """Every rank begins with `num_bytes` and ends with 1/n of the sum."""
-    return all_gather_seconds(ranks, num_bytes)
+def _measured(kind: str, ranks: Group, num_bytes: float) -> float | None:
+    """By the curve of groups of this shape, None where there is none."""
+    for curve in ranks.curves:
+        if curve.kind == kind and ranks.size > 1 and num_bytes > 0:
+            return curve.latency_seconds + num_bytes / curve.bandwidth_bytes_per_second
+    return None
 
 
 def message_seconds(cluster: ClusterSpec, num_bytes: float, same_node: bool) -> float:
