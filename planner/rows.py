@@ -27,7 +27,8 @@ GPU_PRESETS: tuple[tuple[str, str], ...] = (
     (r"a100.*pcie.*40", "a100-pcie-40gb"), (r"a100.*pcie", "a100-pcie-80gb"), (r"a100.*40 ?gb", "a100-40gb"),
     (r"a100|a800|ampere", "a100-80gb"), (r"v100.*(sxm3|dgx-?2)", "v100-dgx2"), (r"v100.*16 ?gb", "v100-16gb"), (r"v100", "v100-32gb"),
     (r"mi250", "mi250x-gcd"), (r"mi300x", "mi300x"), (r"mi325x", "mi325x"), (r"a10g", "a10g-24gb"), (r"a6000", "a6000-48gb"),
-    (r"tpu ?v4", "tpu-v4"), (r"tpu ?v5e", "tpu-v5e"), (r"tpu ?v5p", "tpu-v5p"), (r"l40s", "l40s-48gb"), (r"\bl4\b", "l4-24gb"), (r"4090", "rtx4090-24gb"), (r"3090", "rtx3090-24gb"),
+    (r"tpu ?v4", "tpu-v4"), (r"tpu ?v5e", "tpu-v5e"), (r"tpu ?v5p", "tpu-v5p"),
+    (r"l40s", "l40s-48gb"), (r"\bl4\b", "l4-24gb"), (r"4090", "rtx4090-24gb"), (r"3090", "rtx3090-24gb"),
 )  # fmt: skip
 # The first pattern that is found in a row's source decides which program ran it.
 PROGRAMS: tuple[tuple[str, str], ...] = (
@@ -248,10 +249,8 @@ class _Reader:
 
     def cluster(self, num_gpus: int) -> ClusterSpec:
         name = str(self.cluster_facts.get("gpu") or "").lower()
-        for pattern, preset in GPU_PRESETS:
-            if re.search(pattern, name):
-                break
-        else:
+        preset = next((preset for pattern, preset in GPU_PRESETS if re.search(pattern, name)), None)
+        if preset is None:
             raise NotExpressible(f"cluster.gpu: no cluster preset for {self.cluster_facts.get('gpu')!r}")
         cluster = presets()[preset]
         per_node = _count(self.cluster_facts.get("gpus_per_node")) or cluster.gpus_per_node

@@ -8,11 +8,13 @@ the same time (a max-plus linear system, Baccelli et al. 1992), which tests/test
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from planner.accuracy import accuracy
 from planner.contention import Demand, placement, shared_walk, shares_cores
-from planner.graph import LayerKind, training_flops_per_token
+from planner.economics import hardware_flops, model_flops, run_cost, step_tokens
+from planner.graph import LayerKind
 from planner.kernels import core_share, peak_flops_per_second
 from planner.layer_time import (
     LayerSeconds,
@@ -24,7 +26,7 @@ from planner.layer_time import (
     timed_layer,
     transfer_seconds,
 )
-from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head
+from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head, stage_ranks
 from planner.schedule import Action, actions, plan_actions
 from planner.software import Software
 from planner.timeline import DeadlockError, Timeline, bubble_fraction, simulate
@@ -41,8 +43,12 @@ __all__ = [
 ]
 
 
-WARM_ROUNDS = 2
-"""Rounds of p micro-batches that are walked before the rest is extrapolated."""
+WARM_ROUNDS = (2, 6)
+"""Rounds of p micro-batches that are walked before the rest is extrapolated: the second where the first is too few."""
+FULL_WALK = 600
+"""Stages times micro-batches up to which the walk is done in full at once."""
+MAX_WALKED = 20_000
+"""Stages times micro-batches that are walked in full where rounds have not settled."""
 
 
 class TimePrediction(NamedTuple):
@@ -194,6 +200,7 @@ def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Dura
     out = _Durations([], [], [], [], [], [], [0.0] * decisions.pipeline_parallel, [])
     parameters = [0.0] * decisions.pipeline_parallel
     links: dict[int, float] = {}
+    reductions: dict[float, float] = {}
     for stage in decisions.stages:
         counts: dict[tuple[LayerKind, Recompute], int] = {}
         if has_embedding(stage):
@@ -210,7 +217,9 @@ def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Dura
         for target, value in zip(out[:5], sums, strict=False):
             target.append(value)
         parameters[stage.pipeline_rank] += sums[5]
-        out.reduce.append(reduce_seconds(inputs, decisions, sums[5], program))
+        if sums[5] not in reductions:
+            reductions[sums[5]] = reduce_seconds(inputs, decisions, sums[5], program)
+        out.reduce.append(reductions[sums[5]])
         if stage.pipeline_rank not in links:
             links[stage.pipeline_rank] = transfer_seconds(inputs, decisions, stage.pipeline_rank, program)
         out.transfer.append(links[stage.pipeline_rank])
@@ -302,13 +311,40 @@ def _rank_ends(decisions: Decisions, durations: _Durations, blocking: bool) -> l
         parts = [_sum(parts[0], down), _sum(parts[1], up), _sum(parts[2], up), parts[3]]
         transfers = [0.0] * len(transfers)
     flat = [*(value for part in parts for value in part), *durations.reduce, *durations.optimizer]
-    first = WARM_ROUNDS * p + m % p
-    if m <= first + p:
-        return _walk(schedule, p, v, m, flat, transfers)
-    short = _walk(schedule, p, v, first, flat, transfers)
-    longer = _walk(schedule, p, v, first + p, flat, transfers)
-    rounds = (m - first) // p
-    return [start + rounds * (end - start) for start, end in zip(short, longer, strict=True)]
+    busy = [0.0] * p
+    for rank, forward, backward in zip(stage_ranks(schedule, p, v), parts[0], parts[1], strict=True):
+        busy[rank] += forward + backward
+    return _ends_of_many(schedule, p, v, m, max(busy), lambda count: _walk(schedule, p, v, count, flat, transfers))
+
+
+def _ends_of_many(schedule: str, p: int, v: int, m: int, busiest: float, walk: Callable[[int], list[float]]) -> list[float]:
+    """`walk(m)`, or the same from walks of fewer micro-batches once they have settled.
+
+    They have when two rounds in a row add the same time on every rank, and no less than the busiest rank works in a
+    round (`busiest` for each micro-batch), which is what it must come to in the end.
+    """
+    if v * p * m <= FULL_WALK:
+        return walk(m)
+    # Interleaved schedules run in equal rounds of m / (m // p) micro-batches, which the short walks must keep.
+    unit = m // max(1, m // p) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and v > 1 else p
+    for rounds in WARM_ROUNDS:
+        first = rounds * unit + m % unit
+        if m <= first + 3 * unit:
+            break
+        walks = [walk(first), walk(first + unit)]
+        gains = [[end - start for start, end in zip(*walks, strict=True)]]
+        least, close = unit * busiest, 1e-9 * walks[1][0]
+        if any(abs(gain - least) > close for gain in gains[0]):
+            walks.append(walk(first + 2 * unit))
+            gains.append([end - start for start, end in zip(walks[1], walks[2], strict=True)])
+        even = all(abs(x - y) <= close for x, y in zip(gains[0], gains[-1], strict=True))
+        if even and min(gains[-1]) >= least - close:
+            more = (m - first) // unit + 1 - len(walks)
+            return [end + more * gain for end, gain in zip(walks[-1], gains[-1], strict=True)]
+    if v * p * m <= MAX_WALKED or m <= first + 3 * unit:
+        return walk(m)
+    more = (m - first) // unit + 1 - len(walks)
+    return [end + more * max(gain, unit * busiest) for end, gain in zip(walks[-1], gains[-1], strict=True)]
 
 
 def _sum(left: list[float], right: list[float]) -> list[float]:
@@ -318,19 +354,20 @@ def _sum(left: list[float], right: list[float]) -> list[float]:
 def _time(
     inputs: Inputs, decisions: Decisions, step: float, bubble: float, breakdown: dict[str, float], num_tokens: float | None
 ) -> Time:
+    """The step time with what follows from it; the utilizations by the conventions of planner.economics."""
     low, high = accuracy().step_seconds_interval
-    tokens = inputs.training.global_batch_size * inputs.training.sequence_length
-    flops = tokens * training_flops_per_token(inputs.model, inputs.training.sequence_length)
+    tokens, flops = step_tokens(inputs), model_flops(inputs)
     peak = peak_flops_per_second(inputs.cluster, inputs.training.precision) * decisions.world_size
-    days = None if num_tokens is None else num_tokens / tokens * step / 86400
+    cost = None if num_tokens is None else run_cost(inputs, decisions, step, num_tokens)
     return Time(
         step_seconds=step,
         step_seconds_interval=(low * step, high * step),
         bubble_fraction=bubble,
         model_flops_utilization=flops / step / peak if step > 0 else None,
+        hardware_flops_utilization=hardware_flops(inputs, decisions) / step / peak if step > 0 else None,
         tokens_per_second=tokens / step if step > 0 else None,
-        training_days=days,
-        gpu_years=None if days is None else days * decisions.world_size / 365.25,
+        training_days=cost.training_days if cost else None,
+        gpu_years=cost.gpu_years if cost else None,
         step_flops=flops,
         breakdown_seconds=breakdown,
     )
