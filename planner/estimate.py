@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from planner import graph
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
+from planner.economics import run_cost
 from planner.memory import in_flight, layer_bytes, predict_memory, state_bytes
 from planner.model import ModelSpec
 from planner.plan import (
@@ -18,6 +19,7 @@ from planner.plan import (
     Predictions,
     Time,
     Training,
+    replace,
 )
 from planner.timing import predict_time
 
@@ -103,6 +105,21 @@ def predict(inputs: Inputs, decisions: Decisions) -> Predictions:
         )
     heaviest = max(memory, key=lambda need: need.total_bytes)
     return Predictions(memory=heaviest, pipeline_ranks=tuple(ranks), time=time.time)
+
+
+def with_training_run(time: Time, inputs: Inputs, decisions: Decisions, num_tokens: float | None) -> Time:
+    """`time` with days, GPU-hours, cost and energy of training on `num_tokens`, where that and the step time are known."""
+    if num_tokens is None or time.step_seconds is None:
+        return time
+    cost = run_cost(inputs, decisions, time.step_seconds, num_tokens)
+    return replace(
+        time,
+        training_days=cost.training_days,
+        gpu_hours=cost.gpu_hours,
+        gpu_years=cost.gpu_years,
+        cost=cost.cost,
+        energy_kwh=cost.energy_kilowatt_hours,
+    )
 
 
 def fits(predictions: Predictions) -> bool:

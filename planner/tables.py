@@ -32,9 +32,11 @@ from planner.schedule import COMPUTE_KINDS
 from planner.timeline import Timeline, window
 
 if TYPE_CHECKING:
+    from planner.compare import Comparison, Row
     from planner.explain import Term
     from planner.paradigms import Paradigms
-    from planner.run import DryRun
+    from planner.published import Validation
+    from planner.run import DryRun, Run
 
 GIB = 2**30
 WIDEST = 220
@@ -417,3 +419,118 @@ def explain_table(terms: Iterable[Term]) -> Table:
     """The terms of the memory model."""
     rows = [(term.name, term.formula, f"{term.size:,.0f}", gib(term.size), term.unit, term.why) for term in terms]
     return table("Every term of the heaviest GPU", ("term", "formula", "bytes", "GiB", "counted per", "why"), rows, left=2)
+
+
+def _quantity(name: str, value: float | None) -> str:
+    """A value in the unit that its quantity's name says."""
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return gib(value)
+    if name.endswith("_seconds") and not name.startswith("tokens"):
+        return seconds(value)
+    if name.endswith("_fraction"):
+        return percent(value)
+    return count(value)
+
+
+_SHORT = {
+    "weights_bytes": "weights", "gradients_bytes": "gradients", "optimizer_bytes": "optimizer", "activations_bytes": "activations",
+    "buffers_bytes": "buffers", "total_bytes": "peak", "bubble_fraction": "bubble", "busy_seconds": "busy", "step_seconds": "step",
+    "peak_bytes": "peak of the heaviest rank", "tokens_per_second": "tokens/s",
+}  # fmt: skip
+
+
+def _error(row: Row) -> str:
+    """An error in percent, or in points where the quantity is itself a fraction."""
+    if row.quantity == "bubble_fraction" and row.predicted is not None and row.measured is not None:
+        return f"{(row.predicted - row.measured) * 100:+.1f} points"
+    return "–" if row.error_fraction is None else f"{row.error_fraction:+.1%}"
+
+
+def comparison_view(document: Comparison, run: Run) -> list[RenderableType | str]:
+    """Predicted, dry run and measured: the whole run first, then a row per rank, then the categories of the heaviest rank."""
+    label = "rehearsed (compute replaced by its predicted time)" if document.rehearsed else "measured"
+    whole = [
+        (_SHORT.get(row.quantity, row.quantity), _quantity(row.quantity, row.predicted), _quantity(row.quantity, row.dry_run),
+         _quantity(row.quantity, row.measured), _error(row))
+        for row in document.rows if row.rank is None
+    ]  # fmt: skip
+    columns = ("quantity", "predicted", "dry run", label, "prediction's error")
+    parts: list[RenderableType | str] = [table("The whole run (memory in GiB; Mi = MiB)", columns, whole)]
+    by_rank: dict[int, dict[str, Row]] = {}
+    for row in document.rows:
+        if row.rank is not None:
+            by_rank.setdefault(row.rank, {})[row.quantity] = row
+    rows = []
+    for rank in run.ranks:
+        found = by_rank.get(rank.rank, {})
+        place = f"pp {rank.coordinates.pp}, dp {rank.coordinates.dp}, tp {rank.coordinates.tp}"
+        cells: list[object] = [rank.rank, place]
+        for name in ("total_bytes", "bubble_fraction"):
+            row = next((item for key, item in found.items() if key.endswith(name)), None)
+            if row is None:
+                cells += [None] * 4
+                continue
+            cells += [_quantity(name, row.predicted), _quantity(name, row.dry_run), _quantity(name, row.measured), _error(row)]
+        rows.append(cells)
+    columns = ("rank", "place", "peak predicted", "dry run", "measured", "error", "bubble predicted", "dry run", "measured", "error")
+    keep = [index for index in range(len(columns)) if index != 7]
+    parts.append(table("Each rank", [columns[i] for i in keep], [[cells[i] for i in keep] for cells in rows], left=2))
+    heaviest = max(run.ranks, key=lambda rank: rank.memory.total_bytes)
+    categories = [
+        (_SHORT.get(name.removeprefix("memory."), name), _quantity(name, row.predicted), _quantity(name, row.dry_run),
+         _quantity(name, row.measured), _error(row))
+        for name, row in by_rank.get(heaviest.rank, {}).items() if name.endswith("_bytes")
+    ]  # fmt: skip
+    parts.append(table(f"Memory of rank {heaviest.rank}, the heaviest (GiB; Mi = MiB)", ("category", "predicted", "dry run", label, "error"), categories))
+    return parts
+
+
+def outside_words(document: Comparison, rows: Iterable[Row]) -> list[str]:
+    """The quantities that are outside the tolerance, in words."""
+    found = []
+    for row in rows:
+        where = "" if row.rank is None else f" of rank {row.rank}"
+        found.append(f"{_SHORT.get(row.quantity, row.quantity)}{where} {_error(row)}")
+    return found[:6] + ([f"and {len(found) - 6} more"] if len(found) > 6 else [])
+
+
+def validation_view(document: Validation) -> list[RenderableType | str]:
+    """Errors by group, untouched groups and calibrated ones apart."""
+    parts: list[RenderableType | str] = []
+    columns = ("group", "rows", "step time, mean |error|", "mean error", "worst", "in 80 % interval", "rank correlation", "memory, mean |error|")
+    for calibrated, title in ((False, "Groups that no constant was fitted to"), (True, "Groups that constants were fitted to")):
+        rows = []
+        for group in document.groups:
+            if group.calibrated != calibrated or (group.step_time_mean_abs_error is None and group.memory_mean_abs_error is None):
+                continue
+            signed = "–" if group.step_time_mean_error is None else f"{group.step_time_mean_error:+.1%}"
+            worst = "–" if group.step_time_worst_error is None else f"{group.step_time_worst_error:+.1%}"
+            correlation = "–" if group.rank_correlation is None else f"{group.rank_correlation:.2f}"
+            rows.append(
+                (group.group, group.num_rows, percent(group.step_time_mean_abs_error), signed, worst, percent(group.interval_coverage),
+                 correlation, percent(group.memory_mean_abs_error))
+            )  # fmt: skip
+        if rows:
+            means = document.summary.calibrated if calibrated else document.summary.untouched
+            signed = "–" if means.step_time_mean_error is None else f"{means.step_time_mean_error:+.1%}"
+            rows.append(
+                ("mean over these groups", means.num_rows, percent(means.step_time_mean_abs_error), signed, "–", percent(means.interval_coverage),
+                 "–", percent(means.memory_mean_abs_error))
+            )  # fmt: skip
+            parts.append(table(title, columns, rows))
+    silent = sum(1 for row in document.rows if row.why_not)
+    parts.append(
+        f"{document.summary.num_rows:,} rows in {document.summary.num_groups} groups; {silent:,} have no prediction, each with its reason in --json. "
+        "Means are over groups of the means within a group."
+    )
+    if document.rows and len(document.rows) <= 40:
+        rows = [
+            (row.id, seconds(row.predicted.step_seconds), seconds(row.measured.step_seconds),
+             "–" if row.step_time_error_fraction is None else f"{row.step_time_error_fraction:+.1%}",
+             gib(row.predicted.peak_bytes), gib(row.measured.peak_bytes), row.why_not or "")
+            for row in document.rows
+        ]  # fmt: skip
+        parts.append(table("Rows", ("row", "step predicted", "measured", "error", "peak GiB predicted", "measured", "why not"), rows))
+    return parts

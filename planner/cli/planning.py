@@ -118,15 +118,14 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     from planner import tables
     from planner.defaults import complete, repairs, shortage
-    from planner.economics import with_training_run
     from planner.errors import DoesNotFitError
-    from planner.estimate import plan_estimate, predict
+    from planner.estimate import plan_estimate, predict, with_training_run
 
     model = model_of(request)
     training = training_of(request, model, 1)
     completed = complete(model, cluster_of(request), training, fixed_of(request), batch_given=request.global_batch_size is not None)
     predictions = predict(completed.inputs, completed.decisions)
-    time = with_training_run(predictions.time, completed.inputs, request.num_tokens or model.num_training_tokens)
+    time = with_training_run(predictions.time, completed.inputs, completed.decisions, request.num_tokens or model.num_training_tokens)
     predictions = replace(predictions, time=time)
     document = plan_estimate(completed.inputs, completed.decisions, predictions, completed.assumptions)
     if as_json:
@@ -153,10 +152,10 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
 
 def _with_run(plan: Plan, request: Request) -> Plan:
     """The plan with days, cost and energy of the whole run, where the number of tokens is known."""
-    from planner.economics import with_training_run
+    from planner.estimate import with_training_run
 
     tokens = request.num_tokens or plan.inputs.model.num_training_tokens
-    time = with_training_run(plan.predictions.time, plan.inputs, tokens)
+    time = with_training_run(plan.predictions.time, plan.inputs, plan.decisions, tokens)
     return replace(plan, predictions=replace(plan.predictions, time=time))
 
 

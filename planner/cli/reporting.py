@@ -24,24 +24,24 @@ from planner.plan import load_plan
 def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: float | None, output: str | None, as_json: bool) -> int:
     """Predicted beside measured: memory by category and rank, bubble, step time."""
     from planner import tables
-    from planner.compare import blame, compare
+    from planner.compare import compare, outside
     from planner.run import load_actions, load_dry_run, load_run
 
     plan, run = load_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
     if output is not None:
         require_folder(output)
     dry_run = load_dry_run(dry_run_file) if dry_run_file else None
-    document = compare(plan, run, dry_run, tolerance)
+    document = compare(plan, run, dry_run, tolerance, load_actions(run_file, run))
     if output is not None:
         documents.write_text(output, documents.dumps(document))
     if as_json:
         print_json(document)
     else:
         parts: list[Any] = tables.comparison_view(document, run)
-        reasons = blame(plan, run, load_actions(run_file, run))
-        click.echo(tables.show(*parts, tables.notes("Where the difference lies", reasons)), nl=False)
+        click.echo(tables.show(*parts, tables.notes("Where the difference lies", [cause.words for cause in document.causes])), nl=False)
     if document.within_tolerance is False:
-        raise ToleranceError(f"outside the tolerance of {tolerance:.0%}: {', '.join(tables.outside(document, tolerance or 0.0))}")
+        beyond = tables.outside_words(document, outside(document.rows, tolerance or 0.0))
+        raise ToleranceError(f"outside the tolerance of {tolerance:.0%}: {', '.join(beyond)}")
     return 0
 
 
