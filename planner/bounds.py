@@ -24,14 +24,15 @@ with the recomputation that memory forces, and `never_idle_bound` the first boun
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from planner.chain import Costs, Layer
+from planner.chain import Costs, Layer, regular_sizes
 from planner.layer_time import LayerSeconds
-from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Recompute
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Recompute, stage_ranks
 from planner.solver import Piece
 
 
@@ -86,6 +87,62 @@ def schedule_bound(decisions: Decisions, whole: float, least: Least, whole_weigh
     if decisions.schedule == "1F1B":
         return max(math.ceil(m / p) * alone, filled if m > p else whole * (1 + (m - 1) / (2 * p)))
     return max(alone, m * whole / p + sum(least.fill(rank, not split) for rank in range(p)) / p)
+
+
+class RegularCut(NamedTuple):
+    """One of the regular cuts of a schedule with several stages per rank, in blocks."""
+
+    held: tuple[int, ...]
+    """Of each rank."""
+    before: tuple[int, ...]
+    """Of the stages that lie before each rank's first one."""
+
+
+@functools.lru_cache(maxsize=1024)
+def regular_cuts(num_blocks: int, schedule: str, pipeline_parallel: int, num_virtual_stages: int) -> tuple[RegularCut, ...]:
+    """The regular cuts (`chain.regular_sizes`), those with the same blocks on and before each rank once."""
+    ranks = stage_ranks(schedule, pipeline_parallel, num_virtual_stages)
+    found: dict[RegularCut, None] = {}
+    for sizes in regular_sizes(num_blocks, len(ranks)):
+        blocks = [size - (stage == 0) - (stage == len(sizes) - 1) for stage, size in enumerate(sizes)]
+        held = [0] * pipeline_parallel
+        for stage, count in enumerate(blocks):
+            held[ranks[stage]] += count
+        before = tuple(itertools.accumulate(blocks[: pipeline_parallel - 1], initial=0))
+        found[RegularCut(tuple(held), before)] = None
+    return tuple(found)
+
+
+def regular_bound(
+    costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], goal: float
+) -> float:
+    """The first bound for the best of the regular cuts, whose stages are known: the slowest rank of each cut."""
+    seconds, m, p = costs.seconds(decisions), decisions.num_microbatches, decisions.pipeline_parallel
+    block = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
+    embedding, head, message = seconds["embedding", "none"], seconds["head", "none"], costs.least_message(decisions)
+    split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
+    tail = max(tail_of(costs, decisions), key=lambda item: item.slope)
+    each = m * (block.forward + block.backward) + tail.slope * costs.parameters(decisions, "block")
+    ends = [0.0] * p
+    for rank, time, kind in ((0, embedding, "embedding"), (0 if decisions.schedule == "ZBVZeroBubble" else p - 1, head, "head")):
+        ends[rank] += m * (time.forward + time.backward) + tail.slope * costs.parameters(decisions, kind)  # type: ignore[arg-type]
+    ends = [value + max(tail.intercept, 0.0) for value in ends]
+    best = math.inf
+    for cut in regular_cuts(costs.inputs.model.num_layers, decisions.schedule, p, decisions.num_virtual_stages):
+        slowest = 0.0
+        for rank in range(p):
+            down = cut.before[rank] * block.forward + (embedding.forward + rank * message if rank else 0.0)
+            time = cut.held[rank] * each + ends[rank] + down
+            if not split and rank:
+                up = cut.before[rank] * block.backward + embedding.backward + rank * message
+                tails = tail.slope * (cut.held[rank] * costs.parameters(decisions, "block")) + max(tail.intercept, 0.0)
+                time += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
+            if time > slowest:
+                slowest = time
+                if slowest >= best:
+                    break
+        best = min(best, slowest)
+    return best
 
 
 class RankRoom(NamedTuple):

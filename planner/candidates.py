@@ -32,6 +32,8 @@ FORBIDDABLE = ("tensor_parallel", "pipeline_parallel", "data_parallel", "zero_st
                "num_virtual_stages", "recompute", "sequence_parallel", "rank_order")  # fmt: skip
 
 
+MAX_VIRTUAL_STAGES = 12
+"""Stages per rank that are looked at unless a number is asked for; Megatron-LM's published runs have at most 6."""
 NOTHING_FIXED = Fixed()
 
 
@@ -170,7 +172,7 @@ def schedules(inputs: Inputs, degrees: Degrees, constraints: Constraints) -> Ite
         elif name == "ZBVZeroBubble":
             numbers = range(2, min(most, 2) + 1)
         else:
-            numbers = range(2, most + 1)
+            numbers = range(2, (most if fixed.num_virtual_stages else min(most, MAX_VIRTUAL_STAGES)) + 1)
         for v in numbers:
             if constraints.allows("num_virtual_stages", v) and _runs(name, p, v, m):
                 yield name, v

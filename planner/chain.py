@@ -118,33 +118,35 @@ class Costs:
     def reduce_pieces(self, decisions: Decisions) -> tuple[Piece, ...]:
         """Tangents of the reduction's seconds by a stage's parameters, which are convex and piecewise linear.
 
-        They touch it at the least, the middle and the most that a stage can hold.
+        They touch it at a part of a block, at more than one, and at all layers.
         """
         if decisions.data_parallel == 1:
             return ()
         program, zero = self.software, decisions.zero_stage
         beside_compute = program.overlap_reduction or zero == 3
+        counts = decisions.num_microbatches if zero >= 2 else 0
         key = (
             decisions.tensor_parallel,
             decisions.data_parallel,
             decisions.data_parallel_replicate,
             zero,
             axis_stride(decisions, "dp"),
-            self.seconds_key(decisions) + (decisions.num_microbatches, decisions.num_stages) if beside_compute else None,
+            counts,
+            self.seconds_key(decisions) if beside_compute else None,
         )
         if key not in self._pieces:
             self._pieces[key] = self._tangents(decisions)
         return self._pieces[key]
 
     def _tangents(self, decisions: Decisions) -> tuple[Piece, ...]:
-        least = min(self.parameters(decisions, kind) for kind in ("embedding", "block", "head"))
-        most = self.total_parameters(decisions)
+        block, most = self.parameters(decisions, "block"), self.total_parameters(decisions)
+        least = min(self.parameters(decisions, kind) for kind in ("embedding", "head"))
         found: list[Piece] = []
-        for point in (most / decisions.num_stages, max(least, 1.0), most):
+        for point in (1.5 * block, max(min(least, 0.9 * block), 1.0), most):
             value, beside = (reduce_seconds(self.inputs, decisions, at, self.software) for at in (point, point * 1.001))
             slope = (beside - value) / (0.001 * point)
             piece = Piece(slope, value - slope * point)
-            if all(abs(piece(at) - other(at)) > 1e-9 * abs(other(at)) for other in found for at in (most,)):
+            if all(abs(piece(point) - other(point)) > 1e-9 * abs(other(point)) for other in found):
                 found.append(piece)
         return tuple(found)
 
@@ -207,8 +209,11 @@ class Costs:
             ]
         return found
 
-    def pipeline(self, decisions: Decisions, levels: tuple[Recompute, ...]) -> Pipeline:
-        """What the ILP needs to cut the chain under these decisions, blocks at the recompute levels given."""
+    def pipeline(self, decisions: Decisions, levels: tuple[Recompute, ...], *, timed_only: bool = False) -> Pipeline:
+        """What the ILP needs to cut the chain under these decisions, blocks at the recompute levels given.
+
+        With `timed_only` the moments of memory are left out, for walks alone.
+        """
         seconds, needs = self.seconds(decisions), self.bytes(decisions)
 
         def run(kind: LayerKind, length: int, names: tuple[Recompute, ...]) -> Run:
@@ -234,9 +239,9 @@ class Costs:
             runs=(run("embedding", 1, ("none",)), run("block", self.inputs.model.num_layers, levels), run("head", 1, ("none",))),
             ranks=ranks,
             limits=(self.limit(decisions),) * decisions.pipeline_parallel,
-            moments=memory_moments(
-                decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-            ),
+            moments=()
+            if timed_only
+            else memory_moments(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches),
             kinds="FIW" if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else "FB",
             fixed_seconds=self.fixed_seconds(decisions),
             reduce_pieces=self.reduce_pieces(decisions),
@@ -325,7 +330,7 @@ def _memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: i
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def least_in_flight(
     schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int
 ) -> tuple[tuple[float, float, float], ...]:
@@ -339,9 +344,15 @@ def least_in_flight(
         counts = [float(m if schedule == "GPipe" else 1 if schedule == "Naive" else min(m, p - rank)) for rank in range(p)]
         return tuple((count, count, count) for count in counts)
     rounds = 2 * (m // max(1, m // p)) if schedule != "ZBVZeroBubble" else 3 * p  # enough to fill the pipeline
+    return _mean_in_flight(schedule, p, num_virtual_stages, min(m, rounds))
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean_in_flight(schedule: str, p: int, num_virtual_stages: int, m: int) -> tuple[tuple[float, float, float], ...]:
+    """The mean over the moments at which a rank has most in flight, of its least stage, its first and its last."""
     final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
     found = []
-    for actions in compute_actions(schedule, p, num_virtual_stages, min(m, rounds)):
+    for actions in compute_actions(schedule, p, num_virtual_stages, m):
         live = dict.fromkeys(sorted({stage for _, stage, _ in actions}), 0)
         most = total = 0
         fullest: list[tuple[int, ...]] = []

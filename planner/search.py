@@ -17,6 +17,7 @@ it, and what was opened has been solved. So the result is optimal over the whole
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import math
 import time
@@ -258,6 +259,10 @@ class _Search:
     def room_bound(self, candidate: Decisions, above: float) -> float:
         """The bound with the recomputation that memory forces; infinite if the blocks don't fit within the goal."""
         costs, blocks = self.costs, self.inputs.model.num_layers
+        if candidate.num_virtual_stages > 1:
+            above = max(above, bounds.regular_bound(costs, candidate, self.levels, self.goal) + costs.step_seconds)
+            if above >= self.goal * (1 - TOLERANCE):
+                return math.inf
         rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*_shape(candidate)), self.levels)
         whole = math.inf if rooms is None else bounds.least_work(rooms, blocks)
         if rooms is None or whole == math.inf:
@@ -281,16 +286,18 @@ class _Search:
 
     def relax(self, candidate: Decisions, above: float) -> bool:
         """Finds a first plan by simple rules, and raises the bound: by walks where cuts are regular, else by the relaxation."""
-        if candidate not in self.others:
+        self.num_relaxed += 1
+        if candidate.num_virtual_stages > 1:
+            timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
+            above = max(above, self.pattern_walks(candidate, timed)[0][0])
+        if above < self.goal * (1 - TOLERANCE) and candidate not in self.others:
             self.try_simple(candidate)
         if above >= self.goal * (1 - TOLERANCE):
             return True
-        pipeline = self.costs.pipeline(candidate, self.levels)
-        self.num_relaxed += 1
-        if pipeline.patterns:
-            self.push(max(above, self.pattern_walks(candidate, pipeline)[0][0]), RELAXED, candidate)
+        if candidate.num_virtual_stages > 1:
+            self.push(above, RELAXED, candidate)
             return True
-        solution = self.program(candidate, pipeline, above, RELAXED_ROUNDS)
+        solution = self.program(candidate, self.costs.pipeline(candidate, self.levels), above, RELAXED_ROUNDS)
         bound = max(solution.bound + self.costs.step_seconds, above)
         if not solution.proven:
             self.push(bound, ROOM if bound > above * (1 + 1e-3) else RELAXED, candidate)
@@ -298,12 +305,13 @@ class _Search:
 
     def try_simple(self, candidate: Decisions) -> Found | None:
         """The better of the plans that simple rules give, if they fit."""
-        pipeline = self.costs.pipeline(candidate, self.levels)
-        if pipeline.patterns:
-            bound, sizes = self.pattern_walks(candidate, pipeline)[0]
+        timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
+        if timed.patterns:
+            bound, sizes = self.pattern_walks(candidate, timed)[0]
             choices = [list(sizes)] if bound < self.goal else []
         else:
-            choices = [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
+            choices = [greedy.balanced_sizes(timed), greedy.even_sizes(timed)]
+        pipeline = self.costs.pipeline(candidate, self.levels) if choices else timed
         for sizes in choices:
             counts = greedy.fit(pipeline, list(sizes))
             if counts is not None:
@@ -316,10 +324,15 @@ class _Search:
         More recomputation makes no action shorter and so no step: these are lower bounds. A cut that a known path already
         shows to be slower than the goal is not walked.
         """
-        whole, pool = graph(*_shape(candidate)), self.paths.setdefault(_shape(candidate), {})
-        found = []
+        pool = self.paths.setdefault(_shape(candidate), {})
         goal = self.goal - self.costs.step_seconds
-        for sizes in pipeline.patterns:
+        block, m = self.costs.seconds(candidate)["block", self.levels[0]], candidate.num_microbatches
+        found = [(m * most * (block.forward + block.backward), sizes) for most, sizes in _busiest(pipeline)]
+        tried = [sizes for bound, sizes in found if bound < goal]
+        if not tried:
+            return [min(found)]
+        whole, found = graph(*_shape(candidate)), []
+        for sizes in tried:
             seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
             bound = max((path_seconds(path, seconds) for path in pool), default=0.0)
             if bound < goal and len(pool) < MAX_PATHS:
@@ -410,6 +423,22 @@ class _Search:
 
 def _shape(decisions: Decisions) -> tuple[str, int, int, int]:
     return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+
+
+@functools.lru_cache(maxsize=512)
+def _most_blocks(patterns: tuple[tuple[int, ...], ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    found = []
+    for sizes in patterns:
+        held = [0] * (max(ranks) + 1)
+        for stage, size in enumerate(sizes):
+            held[ranks[stage]] += size - (stage == 0) - (stage == len(sizes) - 1)
+        found.append(max(held))
+    return tuple(found)
+
+
+def _busiest(pipeline: Pipeline) -> list[tuple[int, tuple[int, ...]]]:
+    """Each regular cut with the blocks of the rank that has most."""
+    return list(zip(_most_blocks(pipeline.patterns, pipeline.ranks), pipeline.patterns, strict=True))
 
 
 def _degrees(decisions: Decisions) -> Degrees:
