@@ -6,11 +6,13 @@ A kernel takes as long as the slower of its arithmetic and its memory traffic, a
 
 from __future__ import annotations
 
-from math import ceil, log, sqrt
+from math import log, sqrt
 
 from planner.cluster import ClusterSpec
 from planner.plan import Precision
 
+TILE = 128
+"""Rows and columns of the part of a product that one multiprocessor works on."""
 ELEMENT_BYTES: dict[str, int] = {"mixed-bf16": 2, "bf16": 2, "fp32": 4}
 """Bytes of an activation or weight in the forward pass."""
 
@@ -30,8 +32,8 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
 
     Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, with d0 = `matmul_depth_overhead`
     added to the depth for the prologue and epilogue of each tile, and e0 = `matmul_edge_overhead` to rows and columns for
-    what tiles lose at the edges and in the last wave. A product of fewer 128 x 128 tiles than multiprocessors leaves the
-    others idle. Tensor cores want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication guide); others cost
+    what tiles lose at the edges and in the last wave. No product is done before one tile of 128 x 128 is. Tensor cores
+    want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication guide); batches of others cost
     `matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
     """
     if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
@@ -39,15 +41,13 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     efficiency, gpu = cluster.efficiency, cluster.gpu
     size = ELEMENT_BYTES[precision]
     traffic = batch * size * (rows * depth + depth * columns + rows * columns) / (gpu.memory_bandwidth_bytes_per_second * efficiency.memory)
-    edge = efficiency.matmul_edge_overhead
-    volume = (rows + edge) * (columns + edge) * (depth + efficiency.matmul_depth_overhead) * batch
-    arithmetic = 2.0 * volume / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
+    edge, deep = efficiency.matmul_edge_overhead, depth + efficiency.matmul_depth_overhead
+    volume = (rows + edge) * (columns + edge) * deep * batch
     if gpu.num_multiprocessors:
-        tiles = ceil(rows / 128) * ceil(columns / 128) * batch
-        if tiles < gpu.num_multiprocessors:
-            arithmetic *= gpu.num_multiprocessors / tiles
-        if depth % 8 or columns % 8:
-            arithmetic *= efficiency.matmul_misaligned
+        volume = max(volume, TILE * TILE * gpu.num_multiprocessors * deep)
+        if batch > 1 and (depth % 8 or columns % 8):
+            volume *= efficiency.matmul_misaligned
+    arithmetic = 2.0 * volume / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
     return max(arithmetic, traffic) + efficiency.kernel_seconds
 
 
