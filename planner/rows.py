@@ -163,6 +163,9 @@ class _Reader:
             dp, micro = dp * cp, micro / cp
         check_tensor_parallel(model, tp, "parallel.tp")
         schedule, virtual, zero_bubble = self.schedule(pp, model)
+        for name, value, most in (("model.layers", model.num_layers, 10_000), ("parallel.pp", pp * virtual, 1_000), ("batch", m, 1_000_000)):
+            if value > most:
+                raise NotExpressible(f"{name}: {value} is out of range, {most} at most")
         software = self.in_fp8(self.software(), cluster)
         recompute, software = self.recompute(software)
         shards = self.shards(dp)
@@ -289,7 +292,7 @@ class _Reader:
         local = total / dp
         if micro is None:
             micro = max(1, round(local / m)) if m else (max(1, math.floor(local)) if pp == 1 and local <= 4 else 1)
-        return micro, m or max(1, round(local / micro))
+        return micro, max(1, round(local / micro))
 
     def schedule(self, pp: int, model: ModelSpec) -> tuple[Any, int, float | None]:
         text = str(self.parallel.get("schedule") or "").lower()
