@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from planner.estimate import capacity_bytes
 from planner.critical_path import Key
+from planner.estimate import capacity_bytes
 from planner.graph import LayerKind
 from planner.layer_time import (
     LayerSeconds,
@@ -19,6 +19,7 @@ from planner.layer_time import (
     parameters_per_rank,
     reduce_seconds,
     software_of,
+    timed_layer,
     transfer_seconds,
 )
 from planner.memory import LayerBytes, boundary_bytes, layer_bytes
@@ -77,6 +78,13 @@ class Costs:
         if key not in self._blocks:
             self._blocks[key] = layer_seconds(self.inputs, decisions, "block", "none", self.software)
         return self._blocks[key]
+
+    def communication(self, decisions: Decisions) -> float:
+        """Of one micro-batch through all layers, the seconds of tensor-parallel communication, nothing recomputed."""
+        if decisions.tensor_parallel == 1:
+            return 0.0
+        kinds: tuple[tuple[LayerKind, int], ...] = (("embedding", 1), ("block", self.inputs.model.num_layers), ("head", 1))
+        return sum(count * timed_layer(self.inputs, decisions, kind, "none", self.software)[1] for kind, count in kinds)
 
     def seconds_key(self, decisions: Decisions) -> tuple[object, ...]:
         """What the seconds of a layer depend on."""

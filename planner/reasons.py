@@ -1,19 +1,335 @@
-"""Why a plan won, why the others lost, and what to change where nothing fits."""
+"""Why a plan won, why the others lost, and what to change where nothing fits: in words, each with its figure."""
 
 from __future__ import annotations
 
-from planner.candidates import Constraints
-from planner.chain import Costs
-from planner.errors import DoesNotFitError
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from planner import greedy
+from planner.candidates import (
+    Constraints,
+    Degrees,
+    all_degrees,
+    decisions_of,
+    rank_orders,
+    recompute_levels,
+    schedules,
+    sequence_parallel_choices,
+    zero_stages,
+)
+from planner.chain import Costs, stages_of
+from planner.cluster import with_num_gpus
+from planner.critical_path import graph
+from planner.errors import DoesNotFitError, InputError, SolverError
+from planner.estimate import capacity_bytes
+from planner.memory import predict_memory
+from planner.network import axis_group
+from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
+from planner.solver import excess_bytes, stage_seconds
+from planner.timing import predict_time
+
+if TYPE_CHECKING:
+    from planner.search import Outcome
+
+GIB = 2**30
+PARTS = {
+    "compute": "compute (recomputation included)",
+    "tensor_parallel_communication": "tensor-parallel communication",
+    "bubble_and_pipeline_communication": "bubble and pipeline messages",
+    "data_parallel_communication": "data-parallel communication",
+    "optimizer": "optimizer",
+}
+FLAGS = {
+    "zero_stage": "--zero-stage",
+    "recompute": "--recompute",
+    "micro_batch_size": "--micro-batch-size",
+    "sequence_parallel": "--sequence-parallel",
+    "schedule": "--schedule",
+    "tensor_parallel": "--tensor-parallel",
+    "pipeline_parallel": "--pipeline-parallel",
+    "data_parallel": "--data-parallel",
+}
+REPAIR_SECONDS = 4.0
+"""Wall-clock seconds that one relaxed search for a repair may take."""
 
 
-def runners_up(costs, constraints, outcome):
-    return ()
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
-def why(costs, outcome):
-    return ()
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tuple[RunnerUp, ...]:
+    """The best plans that differ from the winner in one decision or more, and the neighbours that don't fit, with reasons."""
+    assert outcome.best is not None
+    best = outcome.best
+    known = {replace(found.decisions, stages=()): found.decisions for found in outcome.others}
+    fitting: list[tuple[float, Decisions]] = []
+    misfits: list[Decisions] = []
+    candidates = dict.fromkeys([*_neighbours(costs.inputs, constraints, best.decisions), *known])
+    own = replace(best.decisions, stages=())
+    for candidate in candidates:
+        if candidate == own:
+            continue
+        plan = known.get(candidate) or simple_plan(costs, candidate, recompute_levels(constraints))
+        if plan is None:
+            misfits.append(candidate)
+        else:
+            seconds = predict_time(costs.inputs, plan).time.step_seconds
+            if seconds is not None and seconds >= best.seconds * (1 - 1e-9):
+                fitting.append((seconds, plan))
+    fitting.sort(key=lambda item: item[0])
+    chosen: dict[tuple[str, object], tuple[float, Decisions]] = {}
+    for seconds, plan in fitting:
+        for key in _differences(best.decisions, plan):
+            chosen.setdefault(key, (seconds, plan))
+    kept = list(dict.fromkeys([*fitting[:2], *sorted(chosen.values(), key=lambda item: item[0])]))[: constraints.num_runners_up]
+    found = [
+        RunnerUp(
+            decisions=plan,
+            step_seconds=seconds,
+            peak_bytes=max(need.total_bytes for need in predict_memory(costs.inputs, plan)),
+            why_not=why_slower(costs.inputs, best.decisions, plan),
+        )
+        for seconds, plan in kept
+    ]
+    return (*found, *(_misfit(costs.inputs, candidate, constraints) for candidate in misfits[:2]))
+
+
+def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...]) -> Decisions | None:
+    """A candidate's plan by simple rules, or None where it doesn't fit."""
+    pipeline = costs.pipeline(candidate, levels)
+    whole = graph(candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches)
+    choices = [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
+    if pipeline.patterns:
+        choices = [list(min(pipeline.patterns, key=lambda sizes: (max(sizes), sizes)))]
+    best: tuple[float, Decisions] | None = None
+    for sizes in choices:
+        counts = greedy.fit(pipeline, sizes)
+        if counts is not None and excess_bytes(pipeline, counts)[0] <= 0:
+            seconds = whole.longest(stage_seconds(pipeline, counts))
+            if best is None or seconds < best[0]:
+                best = (seconds, replace(candidate, stages=stages_of(candidate, counts, levels)))
+    return best[1] if best else None
+
+
+def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> Iterator[Decisions]:
+    """Candidates that differ from a plan in one decision, and stay within the constraints."""
+    own = replace(best, stages=())
+    degrees = Degrees(best.tensor_parallel, best.pipeline_parallel, best.data_parallel, best.micro_batch_size, best.num_microbatches)
+    for zero in zero_stages(degrees, best.schedule, constraints):
+        yield replace(own, zero_stage=zero)
+    for order in rank_orders(degrees, constraints):
+        yield replace(own, rank_order=order)
+    for choice in sequence_parallel_choices(inputs, degrees, constraints):
+        yield replace(own, sequence_parallel=choice)
+    for name in SCHEDULES:
+        variants = [v for schedule, v in schedules(inputs, degrees, constraints) if schedule == name]
+        if variants and best.zero_stage in zero_stages(degrees, name, constraints):
+            wanted = min(variants, key=lambda v: (abs(v - max(best.num_virtual_stages, 2)), v))
+            yield replace(own, schedule=name, num_virtual_stages=wanted)
+    for other in all_degrees(inputs, constraints):
+        changed = sum(a != b for a, b in zip(other[:3], degrees[:3], strict=True))
+        near = all(max(a, b) <= 2 * min(a, b) for a, b in zip(other[:4], degrees[:4], strict=True))
+        if near and ((changed == 2 and other.micro_batch_size == degrees.micro_batch_size) or (changed == 0 and other != degrees)):
+            plain = decisions_of(other, zero_stage=best.zero_stage, sequence_parallel=best.sequence_parallel and other.tensor_parallel > 1,
+                                 rank_order=best.rank_order)  # fmt: skip
+            options = dict.fromkeys(schedules(inputs, other, constraints))
+            if (best.schedule, best.num_virtual_stages) in options:
+                yield replace(plain, schedule=best.schedule, num_virtual_stages=best.num_virtual_stages)
+            elif ("1F1B", 1) in options and best.schedule == "1F1B":
+                yield plain
+
+
+def _differences(best: Decisions, other: Decisions) -> list[tuple[str, object]]:
+    names = ("tensor_parallel", "pipeline_parallel", "schedule", "zero_stage", "rank_order", "sequence_parallel", "micro_batch_size")
+    return [(name, getattr(other, name)) for name in names if getattr(best, name) != getattr(other, name)]
+
+
+def why_slower(inputs: Inputs, best: Decisions, other: Decisions) -> str:
+    """What the slower plan loses, the largest parts first, and what it wins back."""
+    a, b = predict_time(inputs, best), predict_time(inputs, other)
+    total = (b.time.step_seconds or 0.0) - (a.time.step_seconds or 0.0)
+    if total <= 1e-6 * (a.time.step_seconds or 1.0):
+        return "as fast; the plan that was taken is the plainer one"
+    changes = sorted(((b.breakdown.get(part, 0.0) - a.breakdown.get(part, 0.0), words) for part, words in PARTS.items()), reverse=True)
+    lost = [f"{duration(change)} more {words}{_where(inputs, other, words)}" for change, words in changes if change > 0.1 * total]
+    won = [f"{duration(-change)} of {words}" for change, words in reversed(changes) if -change > 0.1 * total]
+    text = f"{duration(total)} slower: {', '.join(lost[:2]) or 'a little of everything'}"
+    return text + (f"; it saves {won[0]}" if won else "")
+
+
+def _where(inputs: Inputs, decisions: Decisions, words: str) -> str:
+    axes: dict[str, Axis] = {"data-parallel communication": "dp", "tensor-parallel communication": "tp"}
+    if words not in axes:
+        return ""
+    nodes = axis_group(inputs.cluster, decisions, axes[words]).nodes
+    return " inside a node" if nodes == 1 else f" over {nodes} nodes"
+
+
+def _misfit(inputs: Inputs, candidate: Decisions, constraints: Constraints) -> RunnerUp:
+    """A candidate that fits with no cut of the simple rules, at its least memory among them."""
+    level = recompute_levels(constraints)[-1]
+    plan = replace(candidate, stages=even_stages(inputs.model, candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, level))
+    rank, over, need = _shortage(inputs, plan)
+    return RunnerUp(
+        decisions=plan,
+        step_seconds=None,
+        peak_bytes=need,
+        why_not=f"{gib(over)} over on pipeline rank {rank}, even with {level} recomputation" if over > 0 else "memory: no cut tried fits with room",
+    )
+
+
+def _shortage(inputs: Inputs, plan: Decisions) -> tuple[int, float, int]:
+    """The fullest pipeline rank, the bytes it is over its capacity, and the bytes it needs."""
+    needs = [need.total_bytes for need in predict_memory(inputs, plan)]
+    rank = max(range(len(needs)), key=needs.__getitem__)
+    return rank, needs[rank] - capacity_bytes(inputs), needs[rank]
+
+
+def why(costs: Costs, outcome: Outcome) -> tuple[str, ...]:
+    """The placement of the axes and its price elsewhere, and what binds."""
+    assert outcome.best is not None
+    inputs, best = costs.inputs, outcome.best.decisions
+    sizes = {"tp": best.tensor_parallel, "dp": best.data_parallel, "pp": best.pipeline_parallel}
+    lines = []
+    if inputs.cluster.num_nodes > 1:
+        parts = []
+        for axis in best.rank_order:
+            if sizes[axis] > 1:
+                nodes = axis_group(inputs.cluster, best, axis).nodes
+                parts.append(f"{axis} {sizes[axis]} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}")
+        lines.append("placement: " + ", ".join(parts) + _other_orders(costs, best, outcome.best.seconds))
+    rank, over, _ = _shortage(inputs, best)
+    levels = {str(stage.recompute) if isinstance(stage.recompute, str) else "mixed" for stage in best.stages} - {"none"}
+    binding = "memory decides how much is recomputed" if levels else "memory does not bind"
+    lines.append(f"memory: pipeline rank {rank} is fullest, with {gib(-over)} to spare; {binding}")
+    breakdown = predict_time(inputs, best).breakdown
+    total = sum(breakdown.values()) or 1.0
+    shares = sorted(((breakdown.get(part, 0.0) / total, words) for part, words in PARTS.items()), reverse=True)
+    lines.append("time: " + ", ".join(f"{share:.0%} {words}" for share, words in shares if share >= 0.005))
+    return tuple(lines)
+
+
+def _other_orders(costs: Costs, best: Decisions, seconds: float) -> str:
+    degrees = Degrees(best.tensor_parallel, best.pipeline_parallel, best.data_parallel, best.micro_batch_size, best.num_microbatches)
+    prices = []
+    for order in rank_orders(degrees, Constraints()):
+        if order != best.rank_order:
+            other = predict_time(costs.inputs, replace(best, rank_order=order)).time.step_seconds or math.inf
+            prices.append((other - seconds, "-".join(order)))
+    if not prices:
+        return ""
+    price, order_name = min(prices)
+    return f"; the next best order, {order_name}, takes {duration(price)} more" if price > 0 else f"; the order {order_name} is as fast"
 
 
 def does_not_fit(costs: Costs, constraints: Constraints) -> DoesNotFitError:
-    return DoesNotFitError("nothing fits")
+    """The error that says which stage is short of what, by how much, and what would repair it."""
+    inputs = costs.inputs
+    plan, rank, over, need = closest(inputs, constraints)
+    stages = [index for index, stage in enumerate(plan.stages) if stage.pipeline_rank == rank]
+    memory = predict_memory(inputs, plan)[rank]
+    largest = max(("weights", "gradients", "optimizer", "activations", "buffers"), key=lambda part: getattr(memory, f"{part}_bytes"))
+    where = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages[:4]))} (pipeline rank {rank})" if len(plan.stages) > 1 else "the GPU"
+    message = (
+        f"{inputs.model.name} does not fit {inputs.cluster.num_gpus} x {inputs.cluster.gpu.name}: at best (tp {plan.tensor_parallel}, "
+        f"pp {plan.pipeline_parallel}, dp {plan.data_parallel}, ZeRO-{plan.zero_stage}, micro-batch {plan.micro_batch_size}) {where} needs "
+        f"{gib(need)} of memory where {gib(capacity_bytes(inputs))} can be used: {gib(over)} short; most of it is {largest}"
+    )
+    return DoesNotFitError(message, tuple(repairs(inputs, constraints, need)))
+
+
+def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, float, int]:
+    """The plan that is least over: plan, fullest rank, bytes over, bytes needed."""
+    level = recompute_levels(constraints)[-1]
+    best: tuple[Decisions, int, float, int] | None = None
+    least: dict[tuple[int, int], Degrees] = {}
+    for degrees in all_degrees(inputs, constraints):
+        known = least.setdefault(degrees[:2], degrees)
+        if degrees.micro_batch_size < known.micro_batch_size:
+            least[degrees[:2]] = degrees
+    for degrees in least.values():
+        for schedule, v in schedules(inputs, degrees, constraints):
+            if v > max(2, constraints.fixed.num_virtual_stages or 0):
+                continue
+            zeros, choices = zero_stages(degrees, schedule, constraints), sequence_parallel_choices(inputs, degrees, constraints)
+            for zero in zeros[-2:]:
+                for choice in choices[:1]:
+                    plan = decisions_of(degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice)
+                    plan = replace(plan, stages=even_stages(inputs.model, schedule, degrees.pipeline_parallel, v, level))
+                    rank, over, need = _shortage(inputs, plan)
+                    if best is None or over < best[2]:
+                        best = (plan, rank, over, need)
+    if best is None:
+        raise InputError("constraints", "together", "no plan keeps all of them; free one of the fixed or forbidden decisions")
+    return best
+
+
+def repairs(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[str]:
+    """Changes that would make a plan fit, each found by a search with that one constraint relaxed, with its step time."""
+    fixed, changes = constraints.fixed, []
+    for name, flag in FLAGS.items():
+        if getattr(fixed, name) is not None:
+            also = {"schedule": "num_virtual_stages", "tensor_parallel": "data_parallel", "pipeline_parallel": "data_parallel"}.get(name, name)
+            relaxed = dataclasses.replace(constraints, fixed=dataclasses.replace(fixed, **{name: None, also: None}))
+            changes.append((flag, name, inputs, relaxed))
+    if constraints.forbidden:
+        changes.append(("what is forbidden", "", inputs, dataclasses.replace(constraints, forbidden=())))
+    if inputs.training.memory_fraction < 1:
+        whole = replace(inputs, training=replace(inputs.training, memory_fraction=1.0))
+        changes.append(("--memory-fraction", "", whole, constraints))
+    found: list[tuple[float, str]] = []
+    for flag, name, given, relaxed in changes:
+        plan = _quick(given, relaxed)
+        if plan is not None:
+            value = getattr(plan[1], name, None) if name else None
+            if name == "recompute":
+                value = "the levels that the ILP chooses"
+            text = f"{flag} {'1.0' if flag == '--memory-fraction' else value}" if name or flag == "--memory-fraction" else f"allow {flag}"
+            found.append((plan[0], f"{text}: a step of {duration(plan[0])}"))
+    yield from (text for _, text in sorted(found))
+    more = more_gpus(inputs, constraints)
+    if more is not None:
+        yield more
+    yield f"GPUs with {gib(need + inputs.cluster.gpu.reserved_bytes)} of memory or more"
+
+
+def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
+    """The least number of GPUs, by doubling, on which a plan fits, and its step time."""
+    fixed = dataclasses.replace(constraints.fixed, data_parallel=None)
+    if fixed.tensor_parallel and fixed.pipeline_parallel:
+        fixed = dataclasses.replace(fixed, pipeline_parallel=None)
+    relaxed, count = dataclasses.replace(constraints, fixed=fixed), inputs.cluster.num_gpus
+    while count < 65536:
+        count *= 2
+        larger = replace(inputs, cluster=with_num_gpus(inputs.cluster, count))
+        try:
+            _, _, over, _ = closest(larger, relaxed)
+        except InputError:
+            continue
+        if over > 0:
+            continue
+        plan = _quick(larger, relaxed)
+        if plan is not None:
+            return f"{count} GPUs: a step of {duration(plan[0])}"
+    return None
+
+
+def _quick(inputs: Inputs, constraints: Constraints) -> tuple[float, Decisions] | None:
+    """The best plan that a short search finds, or None."""
+    from planner.search import explore
+
+    try:
+        outcome = explore(Costs(inputs), dataclasses.replace(constraints, time_limit_seconds=REPAIR_SECONDS))
+    except (InputError, SolverError):
+        return None
+    if outcome.best is None:
+        return None
+    check(inputs, outcome.best.decisions, "plan")
+    return outcome.best.seconds, outcome.best.decisions

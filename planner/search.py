@@ -10,6 +10,10 @@ Best first over a tree of candidates (`planner.candidates`): the node with the l
     relaxed    the linear relaxation of the ILP                                   (solver.solve_pipeline)
     solved     the ILP, asked for something faster than the best known
 
+Where ranks share the cores of a CPU node, how fast one computes depends on what the others do at the time, and no path
+bounds that. There each candidate is given the stages of simple rules and walked with its cores shared; the bound is that
+of the work alone, and the gap is what is not proven.
+
 The first node whose bound is not below the best plan's time ends the search: all that is left in the queue is bounded by
 it, and what was opened has been solved. So the result is optimal over the whole tree, with the bound as its proof.
 """
@@ -36,11 +40,13 @@ from planner.candidates import (
     zero_stages,
 )
 from planner.chain import Costs, Profile, counts_of, dominates, least_in_flight, stages_of
+from planner.contention import shares_cores
 from planner.critical_path import Path, graph, path_seconds
-from planner.errors import DoesNotFitError, InputError, SolverError
+from planner.errors import InputError, SolverError
 from planner.estimate import predict
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Inputs, Plan, SolverReport, check, digest, replace
 from planner.solver import TOLERANCE, Counts, Pipeline, Solution, excess_bytes, solve_pipeline, stage_seconds
+from planner.timing import predict_time
 
 SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
 """From plain to exotic: which of equally fast plans is taken."""
@@ -84,6 +90,8 @@ class Outcome(NamedTuple):
     others: tuple[Found, ...]
     """Other plans that were worked out on the way, the fastest of each candidate."""
     wall_seconds: float
+    shared: bool
+    """Whether ranks share cores, so that step times are walked and not proven."""
 
 
 def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
@@ -98,7 +106,7 @@ def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
     costs = Costs(inputs)
     outcome = explore(costs, asked)
     if outcome.best is None:
-        if not outcome.proven:
+        if not outcome.proven and not outcome.shared:
             raise SolverError(f"no plan was found within the time limit of {asked.time_limit_seconds:g} s; none is proven impossible either")
         raise reasons.does_not_fit(costs, asked)
     decisions = outcome.best.decisions
@@ -111,7 +119,7 @@ def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
         predictions=predict(inputs, decisions),
         solver=SolverReport(
             name=outcome.solver,
-            status="optimal" if outcome.proven else "time limit",
+            status="optimal" if outcome.proven else "not proven: cores are shared" if outcome.shared else "time limit",
             objective_seconds=outcome.best.seconds,
             bound_seconds=outcome.best.seconds if gap <= TOLERANCE else outcome.bound,
             gap_fraction=0.0 if gap <= TOLERANCE else gap,
@@ -147,6 +155,9 @@ class _Search:
         self.queue: list[Node] = []
         self.num_candidates = self.num_relaxed = self.num_solved = 0
         self.solver = "HiGHS"
+        self.shared = shares_cores(self.inputs.cluster, self.inputs.cluster.num_gpus)
+        if self.shared:
+            self.solver = "walks with shared cores"
 
     @property
     def goal(self) -> float:
@@ -156,8 +167,9 @@ class _Search:
     def run(self) -> Outcome:
         for degrees in all_degrees(self.inputs, self.constraints):
             self.push_degrees(degrees)
-        self.dive()
-        bound, proven = math.inf, True
+        if not self.shared:
+            self.dive()
+        bound, proven = math.inf, not self.shared
         while self.queue:
             node = heapq.heappop(self.queue)
             if node.bound >= self.goal * (1 - TOLERANCE):
@@ -170,7 +182,7 @@ class _Search:
                 bound, proven = min(bound, node.bound), False
         return Outcome(
             self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
-            time.monotonic() - self.started,
+            time.monotonic() - self.started, self.shared,
         )  # fmt: skip
 
     def open(self, node: Node) -> bool:
@@ -184,6 +196,9 @@ class _Search:
         if node.level == LAYOUT:
             self.push_candidates(node.item, node.bound)
             return True
+        if self.shared:
+            self.try_simple(node.item)
+            return False
         if node.level == CANDIDATE:
             self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
             return True
@@ -209,12 +224,14 @@ class _Search:
                 self.push(bounds.busy_bound(some[0], fastest), DEGREES, degrees)
 
     def whole(self, decisions: Decisions) -> float:
-        return bounds.whole_seconds(self.costs.seconds(decisions), self.inputs.model.num_layers, self.levels)
+        whole = bounds.whole_seconds(self.costs.seconds(decisions), self.inputs.model.num_layers, self.levels)
+        return whole - self.costs.communication(decisions) if self.shared else whole
 
     def layouts(self, degrees: Degrees) -> list[Decisions]:
         """Placement, sequence parallelism and ZeRO, without those that are nowhere better than another one."""
         found: list[tuple[Decisions, Profile]] = []
-        names = {zero for schedule, _ in schedules(self.inputs, degrees, self.constraints) for zero in zero_stages(degrees, schedule, self.constraints)}
+        several = {schedule for schedule, _ in schedules(self.inputs, degrees, self.constraints)}
+        names = {zero for schedule in several for zero in zero_stages(degrees, schedule, self.constraints)}
         for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
             for order in rank_orders(degrees, self.constraints):
                 if order[0] != "tp" and self.too_slow(decisions_of(degrees, sequence_parallel=choice, rank_order=order)):
@@ -239,7 +256,7 @@ class _Search:
 
     def push_layout(self, layout: Decisions, above: float) -> None:
         p = layout.pipeline_parallel
-        tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+        tail = 0.0 if self.shared else bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
         self.push(max(bounds.busy_bound(layout, self.whole(layout)) + tail + self.costs.step_seconds, above), LAYOUT, layout)
 
     def push_candidates(self, layout: Decisions, above: float) -> None:
@@ -247,7 +264,7 @@ class _Search:
         for schedule, v in schedules(self.inputs, _degrees(layout), self.constraints):
             if layout.zero_stage in zero_stages(_degrees(layout), schedule, self.constraints):
                 candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
-                bound = bounds.schedule_bound(candidate, whole, least, weight)
+                bound = above if self.shared else bounds.schedule_bound(candidate, whole, least, weight)
                 self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
 
     def weight(self, decisions: Decisions) -> float:
@@ -308,7 +325,7 @@ class _Search:
         timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
         if timed.patterns:
             bound, sizes = self.pattern_walks(candidate, timed)[0]
-            choices = [list(sizes)] if bound < self.goal else []
+            choices = [list(sizes)] if bound < self.goal or self.shared else []
         else:
             choices = [greedy.balanced_sizes(timed), greedy.even_sizes(timed)]
         pipeline = self.costs.pipeline(candidate, self.levels) if choices else timed
@@ -328,6 +345,8 @@ class _Search:
         goal = self.goal - self.costs.step_seconds
         block, m = self.costs.seconds(candidate)["block", self.levels[0]], candidate.num_microbatches
         found = [(m * most * (block.forward + block.backward), sizes) for most, sizes in _busiest(pipeline)]
+        if self.shared:
+            goal = math.inf
         tried = [sizes for bound, sizes in found if bound < goal]
         if not tried:
             return [min(found)]
@@ -413,11 +432,20 @@ class _Search:
         """Takes a plan that fits, if it is the best so far, and remembers it for comparison."""
         if excess_bytes(pipeline, counts)[0] > 1e-9 * abs(pipeline.limits[0]):
             return
-        seconds = graph(*_shape(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
-        found = Found(replace(candidate, stages=stages_of(candidate, counts, self.levels)), seconds)
+        plan = replace(candidate, stages=stages_of(candidate, counts, self.levels))
+        if self.shared:
+            seconds = predict_time(self.inputs, plan).time.step_seconds or math.inf
+        else:
+            seconds = graph(*_shape(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
+        found = Found(plan, seconds)
         if candidate not in self.others or seconds < self.others[candidate].seconds:
             self.others[candidate] = found
-        if seconds < self.goal:
+        if self.best is None:
+            better = seconds < self.cutoff
+        else:
+            tie = abs(seconds - self.best.seconds) <= 1e-9 * seconds
+            better = seconds < self.best.seconds if not tie else _plainness(candidate) < _plainness(self.best.decisions)
+        if better:
             self.best = found
 
 

@@ -374,7 +374,7 @@ class _Program:
                 terms = [
                     (x, option.seconds(kind) * self.second)
                     for run, row in zip(self.pipeline.runs, rows, strict=True)
-                    for option, x in zip(run.options, row)
+                    for option, x in zip(run.options, row, strict=False)
                 ]
                 self._add([*terms, (found[kind, s], -1.0)], 0, 0.0)
         return found
@@ -386,7 +386,7 @@ class _Program:
             (x, (run.states + in_flight * option.saved) * byte)
             for stage, in_flight in moment.in_flight
             for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
-            for option, x in zip(run.options, row)
+            for option, x in zip(run.options, row, strict=False)
         ]
         self._add([*terms, (self._transient(moment.stage, moment.forward), 1.0)], -1, limit * byte)
 
@@ -402,7 +402,7 @@ class _Program:
         tau = self.transients[stage, forward] = self.problem.add_variable(f"tau_{name}", 0)
         byte = self._byte(self.pipeline.ranks[stage])
         for r, run in enumerate(self.pipeline.runs):
-            for o, (option, x) in enumerate(zip(run.options, self.x[stage][r])):
+            for o, (option, x) in enumerate(zip(run.options, self.x[stage][r], strict=False)):
                 need = _transient_bytes(option, forward) * byte
                 if need <= 0:
                     continue
