@@ -85,10 +85,10 @@ def processor() -> str:
 
     import torch
 
-    from executor.calibrate import _processor_name
+    from executor.processes import processor_name
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor_name()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{processor_name()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def run_plans(plans: Sequence[Plan], *, steps: int = 5, rounds: int = 2, launcher: Sequence[str] = (), timeout: float = 900.0) -> list[dict[str, list[float]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 from executor.probe_links import collective_points, message_points
 from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
-from executor.processes import run_ranks
+from executor.processes import processor_name, run_ranks
 from planner.calibration import Measurements, Residual, fit
 from planner.cluster import ClusterSpec
 from planner.correction import correct
@@ -120,7 +119,7 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
     messages = list(message_points(device, per_node)) if world > 1 else []
     return Measurements(
         device=device.type,
-        device_name=torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        device_name=torch.cuda.get_device_name(device) if cuda else processor_name(),
         num_gpus=world,
         gpus_per_node=per_node,
         cores_per_node=cores,
@@ -166,17 +165,6 @@ def _memory_bytes(device: torch.device, per_node: int) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available // per_node)
-
-
-def _processor_name() -> str:
-    """As /proc/cpuinfo says where there is one."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "CPU"
 
 
 def report(residuals: tuple[Residual, ...]) -> None:

@@ -1,7 +1,8 @@
-"""Ranks as processes of this machine: started together, and stopped together whatever happens."""
+"""Ranks as processes of this machine: started together, and stopped together whatever happens; and what it is called."""
 
 from __future__ import annotations
 
+import platform
 import sys
 import tempfile
 import time
@@ -45,3 +46,14 @@ def _call(function: Callable[..., None], rank: int, world_size: int, store: str,
     except MeshwrightError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_status)
+
+
+def processor_name() -> str:
+    """As /proc/cpuinfo says where there is one."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"
