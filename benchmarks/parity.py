@@ -45,6 +45,7 @@ STEPS = 10
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-4
 SEQUENCE, BATCH = 16, 8
+SIZES = {"num_layers": 8, "hidden_size": 32, "head_dim": 8, "ffn_hidden_size": 64, "vocab_size": 257}
 
 
 def combination(family: str = "gpt", *, fast: bool = False, **decisions: Any) -> dict[str, Any]:
@@ -128,7 +129,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 def model_of(family: str) -> ModelSpec:
     """Eight small blocks; a vocabulary that no degree divides."""
     spec = load_model(f"tiny-{family}")
-    return with_changes(spec, num_layers=8, hidden_size=32, head_dim=8, ffn_hidden_size=64, vocab_size=257)
+    return with_changes(spec, **SIZES)
 
 
 def plan_of(row: dict[str, Any], precision: str = "fp32") -> Plan:

@@ -210,7 +210,7 @@ class NormLinear(torch.autograd.Function):
 
         state.weight_gradient(add)
         work.wait()
-        del dwhole
+        del dwhole, work
         dx, dgain, dbias = norm_backward(state, dnormed, x, statistics, gain, bias)
         norm_weight_gradient(state, unit, norm, dgain, dbias)
         return dx, None, None, None, None, None, None

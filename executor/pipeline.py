@@ -6,6 +6,8 @@ when it has arrived. Only the micro-batches in flight hold memory.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from executor.functions import State
 from executor.measure import Recorder
 from executor.mesh import Axis, Mesh
 from executor.model import StageModel
-from planner.schedule import Actions
+from planner.schedule import Action, Actions, send_releases
 
 
 class Compute(Protocol):
@@ -125,12 +127,61 @@ class SleepCompute:
         self._act("OPTIMIZER", -1)
 
 
+class Sends:
+    """Messages on their way, each with its tensor, which is let go as soon as the message has arrived.
+
+    A gloo message says so only to who waits for it, so a thread waits; NCCL's can be asked; a fake one has arrived at once.
+    """
+
+    def __init__(self) -> None:
+        self.backend = dist.get_backend() if dist.is_initialized() else "none"
+        self._pending: list[tuple[Any, torch.Tensor]] = []
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def add(self, work: Any, tensor: torch.Tensor) -> None:
+        """Keeps `tensor` until `work` is done."""
+        if self.backend == "gloo":
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, name="sends", daemon=True)
+                self._thread.start()
+            self._queue.put((work, tensor))
+        elif self.backend != "fake":
+            self._pending = [item for item in self._pending if not item[0].is_completed()]
+            self._pending.append((work, tensor))
+
+    def finish(self) -> None:
+        """Waits for all messages. Raises what went wrong with one."""
+        for work, _ in self._pending:
+            work.wait()
+        self._pending = []
+        if self._thread is not None:
+            done = threading.Event()
+            self._queue.put((done, None))
+            done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self) -> None:
+        while True:
+            work, tensor = self._queue.get()
+            try:
+                if tensor is None:
+                    work.set()
+                else:
+                    work.wait()
+            except BaseException as error:  # reported by `finish`, in the thread that sends
+                self._error = self._error or error
+            work = tensor = None
+
+
 class Pipeline:
     """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i."""
 
     def __init__(
         self,
-        actions: Actions,
+        lists: tuple[Actions, ...],
         stage_ranks: tuple[int, ...],
         mesh: Mesh,
         rows: tuple[int, int],
@@ -138,7 +189,7 @@ class Pipeline:
         device: torch.device,
         recorder: Recorder,
     ) -> None:
-        self.actions = actions
+        self.follow(lists, mesh.pp.index)
         self.stage_ranks = stage_ranks
         self.mesh = mesh
         self.rows = rows
@@ -147,15 +198,23 @@ class Pipeline:
         self.recorder = recorder
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._sends: list[tuple[Any, torch.Tensor]] = []
-        self._instant = dist.is_initialized() and dist.get_backend() == "fake"
-        """Whether messages arrive at once: a fake process group never says so."""
+        self._sends: dict[Action, tuple[Any, torch.Tensor]] = {}
+
+    def follow(self, lists: tuple[Actions, ...], rank: int) -> None:
+        """Takes the actions of `rank`, and from those of the others when each of its sends has arrived.
+
+        The work of a gloo send says so only once it is waited for, so without this each would live to the end of the step.
+        """
+        self.actions = lists[rank]
+        self.releases = send_releases(lists, rank)
 
     def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:
         """All actions in order. `around(kind)` is a context for each, used to categorise memory."""
         recorder, now = self.recorder, self.recorder.now
-        for action in self.actions:
+        for position, action in enumerate(self.actions):
             kind, stage, microbatch = action
+            if kind == "OPTIMIZER":
+                self._wait_for_sends()
             start = now()
             if around is None:
                 self._do(compute, kind, stage, microbatch)
@@ -163,11 +222,15 @@ class Pipeline:
                 with around(kind):
                     self._do(compute, kind, stage, microbatch)
             recorder.add(kind, stage, microbatch, start, now())
-            if self._sends:
-                self._sends = [item for item in self._sends if not item[0].is_completed()]
-        for work, _ in self._sends:
+            for send in self.releases.get(position, ()):
+                self._sends.pop(send)[0].wait()
+        self._wait_for_sends()
+
+    def _wait_for_sends(self) -> None:
+        """Lets go of what is still on its way: every receive comes before its rank's optimizer step, so this does not block for long."""
+        for work, _ in self._sends.values():
             work.wait()
-        self._sends = []
+        self._sends.clear()
 
     def _do(self, compute: Compute, kind: str, stage: int, microbatch: int) -> None:
         if kind == "F":
@@ -213,8 +276,7 @@ class Pipeline:
         axis = self._axis(direction)
         axis.sent_bytes["pp"] += tensor.nbytes
         work = dist.isend(tensor, axis.ranks[self.stage_ranks[to]], group=axis.group, tag=self._tag(direction, to, microbatch))
-        if not self._instant:
-            self._sends.append((work, tensor))
+        self._sends[Action(f"SEND_{direction}", stage, microbatch)] = (work, tensor)
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
         tensor = torch.empty(self.rows, dtype=self.dtype, device=self.device)
