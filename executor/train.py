@@ -101,7 +101,7 @@ class Trainer:
         ranks = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
         tokens = decisions.micro_batch_size * training.sequence_length
         rows = (tokens // mesh.tp.size if decisions.sequence_parallel else tokens, model.hidden_size)
-        self.pipeline = Pipeline(plan_actions(decisions)[mesh.pp.index], ranks, mesh, rows, dtype, device, self.recorder)
+        self.pipeline = Pipeline(plan_actions(decisions), ranks, mesh, rows, dtype, device, self.recorder)
         self.compute = StageCompute(self.stages, len(ranks) - 1, self.state, device, self._optimizer_step)
         self.tied_units = self._tied_units()
         self.step_index = 0
@@ -145,7 +145,7 @@ class Trainer:
     def shorten(self, num_microbatches: int) -> None:
         """Runs steps of the first `num_microbatches` only: for a dry run."""
         decisions = replace(self.plan.decisions, num_microbatches=num_microbatches)
-        self.pipeline.actions = plan_actions(decisions)[self.mesh.pp.index]
+        self.pipeline.follow(plan_actions(decisions), self.mesh.pp.index)
 
     def load_empty(self) -> None:
         """Space for a step's tokens and targets, without contents: for fake tensors."""

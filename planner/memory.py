@@ -12,6 +12,7 @@ al. 2022, arXiv 2205.05198, equations 1 to 6). Symbols as in `planner.model`; e 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.activations import LayerActivations, Peak, layer_activations, shape_of
@@ -29,7 +30,7 @@ from planner.plan import (
     has_embedding,
     has_head,
 )
-from planner.schedule import Actions, compute_actions
+from planner.schedule import Actions, compute_actions, compute_with_held_sends
 
 OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
 """Elements that the executor's optimizer updates at a time."""
@@ -253,7 +254,8 @@ def _larger(found: Peak, peak: Peak, base: int) -> Peak:
 def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     """Peak memory of one GPU of each pipeline rank, in bytes."""
     stages = [stage_needs(inputs, decisions, stage) for stage in decisions.stages]
-    lists = _short_actions(decisions)
+    p, v, m = decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+    lists = compute_with_held_sends(decisions.schedule, p, v, _shorter(decisions.schedule, p, m))
     boundary = boundary_bytes(inputs, decisions)
     owners = [stage.pipeline_rank for stage in decisions.stages]
     found = []
@@ -310,8 +312,8 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
 
 
 def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
-    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and what passes between two of its own
-    stages; `decisions.stages` is not read."""
+    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and messages that it has sent or passes to
+    itself; `decisions.stages` is not read."""
     if inputs.training.profile == "megatron":
         return 0
     tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
@@ -320,31 +322,42 @@ def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
         kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
         units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
         chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
-    return 16 * tokens + chunk + (2 * boundary_bytes(inputs, decisions) if decisions.pipeline_parallel > 1 else 0)
+    if decisions.pipeline_parallel == 1:
+        return 16 * tokens + chunk
+    return 16 * tokens + chunk + (most_held_sends(decisions) + 2) * boundary_bytes(inputs, decisions)
 
 
-def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) -> Peak:
-    """The moment when a rank's activations and buffers are largest, over its compute actions in order.
+def most_held_sends(decisions: Decisions) -> int:
+    """The most messages that any rank has sent and still holds while it computes."""
+    p, v, m = decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+    lists = compute_with_held_sends(decisions.schedule, p, v, _shorter(decisions.schedule, p, m))
+    return max(held for actions in lists for _, _, held in actions)
 
-    A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs.
+
+def walk_rank(actions: Iterable[tuple[str, int, int]], stages: dict[int, StageNeeds], boundary: int) -> Peak:
+    """The moment when a rank's activations and buffers are largest, over its compute actions (kind, stage, sends held) in order.
+
+    A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs;
+    what a rank has sent lives until it is known to have arrived (`planner.schedule.send_releases`).
     """
     live = 0
     best = Peak(0, 0)
-    for kind, index, _ in actions:
+    for kind, index, held in actions:
         stage = stages[index]
+        sent = held * boundary
         if kind == "F":
             if index > 0 and index - 1 in stages:
                 live -= boundary
-            best = _larger(best, stage.forward, live)
+            best = _larger(best, stage.forward, live + sent)
             live += stage.kept + (boundary if index + 1 in stages else 0)
         elif kind == "W":
             live -= stage.deferred
-            best = _larger(best, stage.weights, live)
+            best = _larger(best, stage.weights, live + sent)
         else:
             if index + 1 in stages:
                 live -= boundary
             live -= stage.kept
-            best = _larger(best, stage.backward, live)
+            best = _larger(best, stage.backward, live + sent)
             live += (stage.deferred if kind == "I" else 0) + (boundary if index > 0 and index - 1 in stages else 0)
     return best
 
