@@ -91,7 +91,9 @@ def processor() -> str:
     return f"{processor_name()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def run_plans(plans: Sequence[Plan], *, steps: int = 5, rounds: int = 2, launcher: Sequence[str] = (), timeout: float = 900.0) -> list[dict[str, list[float]]]:
+def run_plans(
+    plans: Sequence[Plan], *, steps: int = 5, rounds: int = 2, launcher: Sequence[str] = (), timeout: float = 900.0
+) -> list[dict[str, list[float]]]:
     """What `benchmarks/worker.py` measures of each plan; all of them have the same number of ranks.
 
     `launcher` starts torchrun's arguments somewhere else, as `scripts/two-hosts exec` does; by default on this machine.

@@ -59,7 +59,9 @@ def models() -> list[tuple[ModelSpec, int]]:
 def feasible(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> list[Plan]:
     """Every plan of the space that keeps the rules."""
     found: dict[str, Plan] = {}
-    orders = (("tp", "dp", "pp"), ("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")) if cluster.gpus_per_node < RANKS else (("tp", "dp", "pp"),)
+    orders = [("tp", "dp", "pp")]
+    if cluster.gpus_per_node < RANKS:
+        orders += [("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")]
     degrees = [(tp, pp, RANKS // tp // pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if RANKS % (tp * pp) == 0]
     for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (1, 4), (0, 1, 3), orders):
         if BATCH % (dp * micro) or (zero and dp == 1) or (zero == 3 and pp > 1):
@@ -218,7 +220,8 @@ def plot(cases: Sequence[dict[str, Any]]) -> str:
             text=[row["plan"] for row in case["rows"]], mode="markers", name=f"{TITLES[case['bench']]}, {case['model']}",
         )  # fmt: skip
     times = [1e3 * row[key] for case in cases for row in case["rows"] for key in ("predicted_seconds", "measured_seconds")]
-    figure.add_scatter(x=[min(times), max(times)], y=[min(times), max(times)], mode="lines", name="as predicted", line={"dash": "dot", "color": "grey"})
+    ends = [min(times), max(times)]
+    figure.add_scatter(x=ends, y=ends, mode="lines", name="as predicted", line={"dash": "dot", "color": "grey"})
     figure.update_layout(title="Every plan: predicted and measured step time", xaxis_title="predicted, ms", yaxis_title="measured, ms")
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log")

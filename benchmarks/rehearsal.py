@@ -184,7 +184,8 @@ def main() -> int:
     text = f"Rehearsed bubbles, {datetime.date.today()}, {processor()}\n\n" + table(header, cells)
     text += f"\nmean error {100 * statistics.fmean(errors):.2f} points, worst {100 * max(errors):.2f}; {within} of {len(errors)} within 2 points\n"
     for num_ranks, cost in costs.items():
-        text += f"machine costs at p {num_ranks}: wake-up {1e3 * cost['late']:.3f} ms, send {1e3 * cost['send']:.3f} ms, message {1e3 * cost['message']:.3f} ms\n"
+        late, send, message = (1e3 * cost[name] for name in ("late", "send", "message"))
+        text += f"machine costs at p {num_ranks}: wake-up {late:.3f} ms, send {send:.3f} ms, message {message:.3f} ms\n"
     sys.stdout.write(text)
     write_results(options.output or f"{datetime.date.today()}-rehearsal", text, {"costs_seconds": costs, "rows": rows})
     return 0 if within == len(errors) else 4

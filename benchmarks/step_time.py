@@ -75,7 +75,8 @@ def calibrated() -> ClusterSpec:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cluster.json")
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-m", "executor.calibrate", "--num-gpus", "2", "--output", path], env=environment, cwd=ROOT, check=True, timeout=300)
+        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", "2", "--output", path]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
         return load_cluster(path)
 
 
@@ -113,7 +114,7 @@ def main() -> int:
         seen, used = statistics.median(result["bubbles"]), statistics.median(result["utilisations"])
         expected = predict_time(item.inputs, item.decisions).time.bubble_fraction or 0.0
         bubbles.append({"pipeline": title, "measured": seen, "predicted": expected, "formula": formula, "utilisation": used})
-        lines.append((title, f"{100 * seen:.1f}", f"{100 * expected:.1f}", f"{100 * abs(seen - expected):.1f}", f"{100 * formula:.1f}", f"{100 * used:.1f}"))
+        lines.append((title, *(f"{100 * value:.1f}" for value in (seen, expected, abs(seen - expected), formula, used))))
     text += table(("pp 2", "bubble %", "predicted %", "error, points", "formula %", "utilisation %"), lines)
     sys.stdout.write(text)
     write_results(options.output or f"{datetime.date.today()}-step-time", text, {"plans": rows, "bubbles": bubbles, "correction": correction.ratios})

@@ -36,7 +36,8 @@ def run(plan: Plan, steps: int) -> dict[str, Any] | None:
     mesh = make_mesh(plan.decisions, dist.get_rank(), key_value_copies=copies, timeout_seconds=120)
     trainer = Trainer(plan, mesh, RunOptions(), torch.device("cpu"))
     training = plan.inputs.training
-    data = Data(open_tokens(None, plan.inputs.model.vocab_size), plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, 0)
+    vocabulary = plan.inputs.model.vocab_size
+    data = Data(open_tokens(None, vocabulary), vocabulary, training.sequence_length, training.global_batch_size, 0)
     seconds, bubbles, utilisations, forwards, backwards = [], [], [], [], []
     for step in range(steps + WARM_STEPS):
         trainer.load(data)

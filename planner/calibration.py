@@ -354,6 +354,8 @@ def _residual(name: str, ratios: Sequence[float]) -> Residual:
 
 
 def _source(residuals: Iterable[Residual]) -> str:
-    parts = ", ".join(f"{r.name} {100 * r.mean_error_fraction:.0f} % (worst {100 * r.worst_error_fraction:.0f} %, {r.num_points} points)" for r in residuals)
+    parts = ", ".join(
+        f"{r.name} {100 * r.mean_error_fraction:.0f} % (worst {100 * r.worst_error_fraction:.0f} %, {r.num_points} points)" for r in residuals
+    )
     return f"measured by plan calibrate; mean error of the fit: {parts}"
 
