@@ -20,7 +20,7 @@ from executor.functions import State
 from executor.measure import Recorder
 from executor.mesh import Axis, Mesh
 from executor.model import StageModel
-from planner.schedule import Action, Actions, send_releases
+from planner.schedule import Actions
 
 
 class Compute(Protocol):
@@ -198,23 +198,17 @@ class Pipeline:
         self.recorder = recorder
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._sends: dict[Action, tuple[Any, torch.Tensor]] = {}
+        self._sends = Sends()
 
     def follow(self, lists: tuple[Actions, ...], rank: int) -> None:
-        """Takes the actions of `rank`, and from those of the others when each of its sends has arrived.
-
-        The work of a gloo send says so only once it is waited for, so without this each would live to the end of the step.
-        """
+        """Takes the actions of `rank`."""
         self.actions = lists[rank]
-        self.releases = send_releases(lists, rank)
 
     def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:
         """All actions in order. `around(kind)` is a context for each, used to categorise memory."""
         recorder, now = self.recorder, self.recorder.now
-        for position, action in enumerate(self.actions):
+        for action in self.actions:
             kind, stage, microbatch = action
-            if kind == "OPTIMIZER":
-                self._wait_for_sends()
             start = now()
             if around is None:
                 self._do(compute, kind, stage, microbatch)
@@ -222,15 +216,7 @@ class Pipeline:
                 with around(kind):
                     self._do(compute, kind, stage, microbatch)
             recorder.add(kind, stage, microbatch, start, now())
-            for send in self.releases.get(position, ()):
-                self._sends.pop(send)[0].wait()
-        self._wait_for_sends()
-
-    def _wait_for_sends(self) -> None:
-        """Lets go of what is still on its way: every receive comes before its rank's optimizer step, so this does not block for long."""
-        for work, _ in self._sends.values():
-            work.wait()
-        self._sends.clear()
+        self._sends.finish()
 
     def _do(self, compute: Compute, kind: str, stage: int, microbatch: int) -> None:
         if kind == "F":
@@ -276,7 +262,7 @@ class Pipeline:
         axis = self._axis(direction)
         axis.sent_bytes["pp"] += tensor.nbytes
         work = dist.isend(tensor, axis.ranks[self.stage_ranks[to]], group=axis.group, tag=self._tag(direction, to, microbatch))
-        self._sends[Action(f"SEND_{direction}", stage, microbatch)] = (work, tensor)
+        self._sends.add(work, tensor)
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
         tensor = torch.empty(self.rows, dtype=self.dtype, device=self.device)

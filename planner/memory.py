@@ -12,7 +12,6 @@ al. 2022, arXiv 2205.05198, equations 1 to 6). Symbols as in `planner.model`; e 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.activations import LayerActivations, Peak, layer_activations, shape_of
@@ -30,7 +29,7 @@ from planner.plan import (
     has_embedding,
     has_head,
 )
-from planner.schedule import Actions, compute_actions, compute_with_held_sends
+from planner.schedule import Actions, compute_actions
 
 OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
 """Elements that the executor's optimizer updates at a time."""
@@ -254,8 +253,7 @@ def _larger(found: Peak, peak: Peak, base: int) -> Peak:
 def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     """Peak memory of one GPU of each pipeline rank, in bytes."""
     stages = [stage_needs(inputs, decisions, stage) for stage in decisions.stages]
-    p, v, m = decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-    lists = compute_with_held_sends(decisions.schedule, p, v, _shorter(decisions.schedule, p, m))
+    lists = _short_actions(decisions)
     boundary = boundary_bytes(inputs, decisions)
     owners = [stage.pipeline_rank for stage in decisions.stages]
     found = []
@@ -312,8 +310,8 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
 
 
 def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
-    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and messages that it has sent or passes to
-    itself; `decisions.stages` is not read."""
+    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and what passes between two of
+    its own stages; `decisions.stages` is not read."""
     if inputs.training.profile == "megatron":
         return 0
     tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
@@ -322,42 +320,32 @@ def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
         kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
         units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
         chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
-    if decisions.pipeline_parallel == 1:
-        return 16 * tokens + chunk
-    return 16 * tokens + chunk + (most_held_sends(decisions) + 2) * boundary_bytes(inputs, decisions)
+    return 16 * tokens + chunk + (2 * boundary_bytes(inputs, decisions) if decisions.pipeline_parallel > 1 else 0)
 
 
-def most_held_sends(decisions: Decisions) -> int:
-    """The most messages that any rank has sent and still holds while it computes."""
-    p, v, m = decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-    lists = compute_with_held_sends(decisions.schedule, p, v, _shorter(decisions.schedule, p, m))
-    return max(held for actions in lists for _, _, held in actions)
-
-
-def walk_rank(actions: Iterable[tuple[str, int, int]], stages: dict[int, StageNeeds], boundary: int) -> Peak:
-    """The moment when a rank's activations and buffers are largest, over its compute actions (kind, stage, sends held) in order.
+def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) -> Peak:
+    """The moment when a rank's activations and buffers are largest, over its compute actions in order.
 
     A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs;
-    what a rank has sent lives until it is known to have arrived (`planner.schedule.send_releases`).
+    what is sent to another rank is let go when it has arrived, for which no time is counted.
     """
     live = 0
     best = Peak(0, 0)
-    for kind, index, held in actions:
+    for kind, index, _ in actions:
         stage = stages[index]
-        sent = held * boundary
         if kind == "F":
             if index > 0 and index - 1 in stages:
                 live -= boundary
-            best = _larger(best, stage.forward, live + sent)
+            best = _larger(best, stage.forward, live)
             live += stage.kept + (boundary if index + 1 in stages else 0)
         elif kind == "W":
             live -= stage.deferred
-            best = _larger(best, stage.weights, live + sent)
+            best = _larger(best, stage.weights, live)
         else:
             if index + 1 in stages:
                 live -= boundary
             live -= stage.kept
-            best = _larger(best, stage.backward, live + sent)
+            best = _larger(best, stage.backward, live)
             live += (stage.deferred if kind == "I" else 0) + (boundary if index > 0 and index - 1 in stages else 0)
     return best
 
@@ -400,6 +388,8 @@ def _short_actions(decisions: Decisions) -> tuple[Actions, ...]:
 
 @functools.cache
 def _shorter(schedule: str, p: int, m: int) -> int:
+    if schedule in ("1F1B", "Naive"):
+        return min(m, 2 * p + 2)
     if schedule == "GPipe" or m <= 4 * p:
         return m
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):

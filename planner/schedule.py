@@ -113,62 +113,6 @@ def plan_actions(decisions: Decisions) -> tuple[Actions, ...]:
     )
 
 
-def send_releases(lists: tuple[Actions, ...], rank: int) -> dict[int, tuple[Action, ...]]:
-    """When a rank may let go of what it has sent: by the position of one of its receives, the sends that have then arrived.
-
-    A message from another rank tells that all it did before, it has done. So a send has arrived for certain at the first receive from
-    the same rank whose message was sent after that rank's receive of ours; the sends that no such receive follows are left out.
-    """
-    mine = lists[rank]
-    places = [{action: position for position, action in enumerate(actions)} for actions in lists]
-    owner = {action: other for other, actions in enumerate(lists) for action in actions if action.kind.startswith(("SEND", "RECV"))}
-    waiting: dict[int, list[tuple[int, Action]]] = {}
-    found: dict[int, tuple[Action, ...]] = {}
-    for position, action in enumerate(mine):
-        if action.kind.startswith("SEND"):
-            arrival = counterpart(action)
-            other = owner[arrival]
-            waiting.setdefault(other, []).append((places[other][arrival], action))
-        elif action.kind.startswith("RECV"):
-            sent = counterpart(action)
-            other = owner[sent]
-            sent_at = places[other][sent]
-            queue = waiting.get(other, [])
-            arrived = tuple(send for at, send in queue if at < sent_at)
-            if arrived:
-                found[position] = arrived
-                waiting[other] = [item for item in queue if item[0] >= sent_at]
-    return found
-
-
-def counterpart(action: Action) -> Action:
-    """The receive of a send, or the send of a receive."""
-    kind, stage, microbatch = action
-    forward = 1 if kind.endswith("_F") else -1
-    if kind.startswith("SEND"):
-        return Action(kind.replace("SEND", "RECV"), stage + forward, microbatch)
-    return Action(kind.replace("RECV", "SEND"), stage - forward, microbatch)
-
-
-@functools.lru_cache(maxsize=256)
-def compute_with_held_sends(
-    schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int
-) -> tuple[tuple[tuple[str, int, int], ...], ...]:
-    """The compute actions of each rank as (kind, stage, messages that the rank has sent and still holds)."""
-    lists = actions(schedule, pipeline_parallel, num_virtual_stages, num_microbatches)
-    whole = []
-    for rank, mine in enumerate(lists):
-        releases, held = send_releases(lists, rank), 0
-        out = []
-        for position, action in enumerate(mine):
-            held += action.kind.startswith("SEND")
-            held -= len(releases.get(position, ()))
-            if action.kind in COMPUTE_KINDS:
-                out.append((action.kind, action.stage, held))
-        whole.append(tuple(out))
-    return tuple(whole)
-
-
 def num_in_flight(compute: Actions) -> int:
     """The most (stage, micro-batch) pairs of a rank whose forward has begun and whose backward has not ended.
 
