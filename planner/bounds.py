@@ -113,9 +113,7 @@ def regular_cuts(num_blocks: int, schedule: str, pipeline_parallel: int, num_vir
     return tuple(found)
 
 
-def regular_bound(
-    costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], goal: float
-) -> float:
+def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...]) -> float:
     """The first bound for the best of the regular cuts, whose stages are known: the slowest rank of each cut."""
     seconds, m, p = costs.seconds(decisions), decisions.num_microbatches, decisions.pipeline_parallel
     block = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
@@ -132,13 +130,13 @@ def regular_bound(
         slowest = 0.0
         for rank in range(p):
             down = cut.before[rank] * block.forward + (embedding.forward + rank * message if rank else 0.0)
-            time = cut.held[rank] * each + ends[rank] + down
+            taken = cut.held[rank] * each + ends[rank] + down
             if not split and rank:
                 up = cut.before[rank] * block.backward + embedding.backward + rank * message
                 tails = tail.slope * (cut.held[rank] * costs.parameters(decisions, "block")) + max(tail.intercept, 0.0)
-                time += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
-            if time > slowest:
-                slowest = time
+                taken += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
+            if taken > slowest:
+                slowest = taken
                 if slowest >= best:
                     break
         best = min(best, slowest)
@@ -164,11 +162,11 @@ def rank_rooms(
     `in_flight` holds for each rank the micro-batches that a block, the embedding and the head have in flight at the least.
     Blocks are taken as divisible, and of the transients only the least counts, so nothing that fits is left out.
     """
-    needs, seconds, limit = costs.bytes(decisions), costs.seconds(decisions), costs.limit(decisions)
+    needs, seconds, limit = costs.bytes(decisions), costs.seconds(decisions), float(costs.capacity)
     states = needs["block", "none"].states
     transient = min(needs["block", level].backward_transient for level in levels)
     if decisions.num_virtual_stages > 1:  # the mean is over moments of any stage in either direction
-        transient = min(min(need.forward_transient, need.backward_transient) for need in needs.values())
+        transient = min(0.0, *(min(need.forward_transient, need.backward_transient) for need in needs.values()))
     last = 0 if decisions.schedule == "ZBVZeroBubble" else len(in_flight) - 1
     rooms = []
     for rank, (flight, embedding_flight, head_flight) in enumerate(in_flight):

@@ -22,7 +22,7 @@ from planner.layer_time import (
     timed_layer,
     transfer_seconds,
 )
-from planner.memory import LayerBytes, boundary_bytes, layer_bytes
+from planner.memory import boundary_bytes, fixed_bytes, layer_needs, layer_states
 from planner.model import ModelSpec
 from planner.network import axis_stride
 from planner.plan import (
@@ -46,6 +46,29 @@ Layer = tuple[LayerKind, Recompute]
 ALL_LAYERS: tuple[Layer, ...] = (("embedding", "none"), ("block", "none"), ("block", "selective"), ("block", "full"), ("head", "none"))
 
 
+class LayerLoad(NamedTuple):
+    """Bytes of a layer on one rank, as the terms of `solver.Run` and `solver.Option`."""
+
+    states: float
+    saved: float
+    deferred: float
+    forward_transient: float
+    backward_transient: float
+    weight_transient: float
+
+
+def layer_load(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute, tied_copy: bool) -> LayerLoad:
+    """`memory.layer_needs` as terms that add up: a stage never needs more than its layers' saved and deferred bytes of each
+    micro-batch, and the largest transient; `predict_memory` is exact, and below that where these are not at one time.
+    """
+    states = float(sum(layer_states(inputs, decisions, kind, tied_copy=tied_copy)))
+    need = layer_needs(inputs, decisions, kind, recompute, held=kind == "block")
+    held = boundary_bytes(inputs, decisions) if kind != "head" and decisions.pipeline_parallel > 1 else 0
+    deferred = need.deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
+    weights = sum(need.weights) + held - deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
+    return LayerLoad(states, need.kept, deferred, sum(need.forward) - need.kept, sum(need.backward) + held - need.kept, weights)
+
+
 class Costs:
     """The memory and time models for one set of inputs, each figure asked for once."""
 
@@ -59,8 +82,9 @@ class Costs:
         self._pieces: dict[object, tuple[Piece, ...]] = {}
         self._optimizer: dict[object, Piece] = {}
         self._blocks: dict[object, LayerSeconds] = {}
+        self._fixed: dict[object, int] = {}
         self._links: dict[object, list[float]] = {}
-        self._bytes: dict[object, dict[Layer, LayerBytes]] = {}
+        self._bytes: dict[object, dict[Layer, LayerLoad]] = {}
 
     def seconds(self, decisions: Decisions) -> dict[Layer, LayerSeconds]:
         """Of one micro-batch through each kind of layer."""
@@ -91,7 +115,7 @@ class Costs:
         stride = axis_stride(decisions, "tp") if decisions.tensor_parallel > 1 else 0
         return decisions.tensor_parallel, decisions.micro_batch_size, decisions.sequence_parallel, stride
 
-    def bytes(self, decisions: Decisions) -> dict[Layer, LayerBytes]:
+    def bytes(self, decisions: Decisions) -> dict[Layer, LayerLoad]:
         """On one rank, of each kind of layer."""
         copy = ends_apart(decisions)
         key = (
@@ -105,9 +129,7 @@ class Costs:
         )
         found = self._bytes.get(key)
         if found is None:
-            found = self._bytes[key] = {
-                (kind, level): layer_bytes(self.inputs, decisions, kind, level, tied_copy=copy) for kind, level in ALL_LAYERS
-            }
+            found = self._bytes[key] = {layer: layer_load(self.inputs, decisions, *layer, copy) for layer in ALL_LAYERS}
         return found
 
     def parameters(self, decisions: Decisions, kind: LayerKind) -> float:
@@ -120,8 +142,19 @@ class Costs:
         return ends + self.inputs.model.num_layers * self.parameters(decisions, "block")
 
     def limit(self, decisions: Decisions) -> float:
-        """Bytes of a rank that its layers may need: the capacity without the communication buffers."""
-        return self.capacity - (2.0 * boundary_bytes(self.inputs, decisions) if decisions.pipeline_parallel > 1 else 0.0)
+        """Bytes of a rank that its layers may need: the capacity without what a rank needs beside them."""
+        key = (
+            decisions.schedule,
+            decisions.pipeline_parallel,
+            decisions.num_virtual_stages,
+            decisions.num_microbatches,
+            decisions.tensor_parallel,
+            decisions.micro_batch_size,
+            decisions.sequence_parallel,
+        )
+        if key not in self._fixed:
+            self._fixed[key] = fixed_bytes(self.inputs, decisions)
+        return float(self.capacity - self._fixed[key])
 
     def reduce_pieces(self, decisions: Decisions) -> tuple[Piece, ...]:
         """Tangents of the reduction's seconds by a stage's parameters, which are convex and piecewise linear.
@@ -199,7 +232,7 @@ class Costs:
         for time in self.seconds(decisions).values():
             figures += time
         for need in self.bytes(decisions).values():
-            figures += (need.states, need.saved, need.forward_transient, need.backward_transient)
+            figures += need
         p = decisions.pipeline_parallel
         if p > 1:
             figures += self.links(decisions)
@@ -238,6 +271,8 @@ class Costs:
                         need.saved,
                         need.forward_transient,
                         need.backward_transient,
+                        need.deferred,
+                        need.weight_transient,
                     )
                 )
             return Run(kind, length, tuple(options), needs[kind, names[0]].states, self.parameters(decisions, kind))
@@ -320,21 +355,26 @@ def memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: in
 
 @functools.lru_cache(maxsize=256)
 def _memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: int, m: int) -> tuple[Moment, ...]:
-    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
     found: list[Moment] = []
     for rank, actions in enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, m)):
         stages = sorted({stage for _, stage, _ in actions})
-        place = {stage: index for index, stage in enumerate(stages)}
-        live = [0] * len(stages)
-        seen: dict[_Live, dict[tuple[int, ...], None]] = {}
+        place = {stage: 2 * index for index, stage in enumerate(stages)}
+        live = [0] * (2 * len(stages))  # saved and deferred of each stage in turn
+        seen: dict[tuple[int, str], dict[tuple[int, ...], None]] = {}
         for kind, stage, _ in actions:
+            at, direction = place[stage], "B" if kind == "I" else kind
             if kind == "F":
-                live[place[stage]] += 1
-            seen.setdefault(_Live(stage, kind == "F"), {})[tuple(live)] = None
-            if kind == final_kind:
-                live[place[stage]] -= 1
-        for (stage, forward), vectors in seen.items():
-            found.extend(Moment(rank, tuple(zip(stages, vector, strict=True)), stage, forward) for vector in _maximal(list(vectors)))
+                live[at] += 1
+            seen.setdefault((stage, direction), {})[tuple(live)] = None
+            if kind in "BI":
+                live[at] -= 1
+            if kind == "I":
+                live[at + 1] += 1
+            elif kind == "W":
+                live[at + 1] -= 1
+        for (stage, direction), vectors in seen.items():
+            for vector in _maximal(list(vectors)):
+                found.append(Moment(rank, tuple(zip(stages, vector[::2], vector[1::2], strict=True)), stage, direction))
     return tuple(found)
 
 
@@ -358,7 +398,6 @@ def least_in_flight(
 @functools.lru_cache(maxsize=1024)
 def _mean_in_flight(schedule: str, p: int, num_virtual_stages: int, m: int) -> tuple[tuple[float, float, float], ...]:
     """The mean over the moments at which a rank has most in flight, of its least stage, its first and its last."""
-    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
     found = []
     for actions in compute_actions(schedule, p, num_virtual_stages, m):
         live = dict.fromkeys(sorted({stage for _, stage, _ in actions}), 0)
@@ -372,7 +411,7 @@ def _mean_in_flight(schedule: str, p: int, num_virtual_stages: int, m: int) -> t
                     most, fullest = total, []
                 if total == most:
                     fullest.append(tuple(live.values()))
-            elif kind == final_kind:
+            elif kind in "BI":
                 live[stage] -= 1
                 total -= 1
         means = [sum(column) / len(fullest) for column in zip(*fullest, strict=True)]

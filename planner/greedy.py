@@ -77,11 +77,11 @@ def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
 def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> bool:
     """Moves layers of one run on one stage to an option that saves memory; says whether there was one."""
     best: tuple[float, int, int, int, int, float] | None = None
-    for stage, flight in moment.in_flight:
+    for stage, flight, put_off in moment.in_flight:
         for r, run in enumerate(pipeline.runs):
             for a, old in enumerate(run.options):
                 for b, new in enumerate(run.options):
-                    freed = flight * (old.saved - new.saved)
+                    freed = flight * (old.saved - new.saved) + put_off * (old.deferred - new.deferred)
                     if not rows[stage][r][a] or freed <= 0:
                         continue
                     slower = sum(new.seconds(kind) - old.seconds(kind) for kind in pipeline.kinds)

@@ -277,7 +277,7 @@ class _Search:
         """The bound with the recomputation that memory forces; infinite if the blocks don't fit within the goal."""
         costs, blocks = self.costs, self.inputs.model.num_layers
         if candidate.num_virtual_stages > 1:
-            above = max(above, bounds.regular_bound(costs, candidate, self.levels, self.goal) + costs.step_seconds)
+            above = max(above, bounds.regular_bound(costs, candidate, self.levels) + costs.step_seconds)
             if above >= self.goal * (1 - TOLERANCE):
                 return math.inf
         rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*_shape(candidate)), self.levels)
@@ -329,8 +329,8 @@ class _Search:
         else:
             choices = [greedy.balanced_sizes(timed), greedy.even_sizes(timed)]
         pipeline = self.costs.pipeline(candidate, self.levels) if choices else timed
-        for sizes in choices:
-            counts = greedy.fit(pipeline, list(sizes))
+        for choice in choices:
+            counts = greedy.fit(pipeline, choice)
             if counts is not None:
                 self.offer(candidate, pipeline, counts)
         return self.others.get(candidate)

@@ -5,7 +5,7 @@ It knows nothing of transformers. Given are a chain of runs of identical layers,
 
     r  run of n_r identical layers          s  stage, on pipeline rank ρ(s)      o  option (recompute level) of a layer
     f, b, i, w   seconds of forward, backward, and of the backward's two halves (input, weights) of one micro-batch
-    a  bytes saved per micro-batch in flight   e  bytes of weights, gradients, optimizer   τ  bytes for a moment
+    a  bytes saved per micro-batch in flight, a' deferred   e  bytes of weights, gradients, optimizer   τ  bytes for a moment
 
 Variables, the first two rows integer:
 
@@ -21,8 +21,9 @@ Variables, the first two rows integer:
       or, where sizes are restricted to patterns k, = Σ_k size[k,s] π[k], Σ π[k] = 1, π binary          _one_pattern
     F[s] = Σ f[r,o] x[s,r,o]  (B, I, W alike)                             seconds of a stage            _stage_seconds
     R[s] >= g Σ parameters_r x[s,r,o] + g' for each piece (g, g')          its reduction                 _reduce_seconds
-    Σ_{s on the rank} Σ (e_r + k_s a[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment of each rank   _memory
-        that can be its peak: k_s micro-batches of stage s in flight while stage s* goes in direction d
+    Σ_{s on the rank} Σ (e_r + k_s a[r,o] + l_s a'[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment   _memory
+        of each rank that can be its peak: k_s micro-batches of stage s saved, l_s deferred (their weight gradients are
+        to be done) while stage s* goes in direction d
     τ[s,d] >= τ[r,o,d] z[s,r,o],  x[s,r,o] <= n_r z[s,r,o]                the largest transient counts  _transients
     T >= Σ_s (N_F F[s] + N_B B[s] + ...) + messages + reduction + optimizer
         for each path through the schedule's graph, N its counts          fill, steady state, drain     _path
@@ -64,10 +65,18 @@ class Option(NamedTuple):
     backward_input: float
     backward_weight: float
     saved: float
-    """Bytes kept per micro-batch in flight."""
+    """Bytes kept per micro-batch in flight, from the forward to the backward pass (of the input gradients)."""
     forward_transient: float = 0.0
     """Bytes needed beyond that while it runs."""
     backward_transient: float = 0.0
+    deferred: float = 0.0
+    """Bytes kept per micro-batch from the backward pass of the input gradients to that of the weights."""
+    weight_transient: float = 0.0
+    """Bytes needed beyond `deferred` while the latter runs."""
+
+    def transient(self, direction: str) -> float:
+        """Of a direction: F, B or W."""
+        return self.forward_transient if direction == "F" else self.backward_transient if direction == "B" else self.weight_transient
 
     def seconds(self, kind: str) -> float:
         """Of a compute action: F, B, I or W."""
@@ -103,11 +112,11 @@ class Moment(NamedTuple):
     """A moment at which a rank's memory may peak: micro-batches in flight per stage, and the stage that is at work."""
 
     rank: int
-    in_flight: tuple[tuple[int, int], ...]
-    """(stage, micro-batches) of the rank's stages."""
+    in_flight: tuple[tuple[int, int, int], ...]
+    """(stage, micro-batches saved, micro-batches deferred) of the rank's stages; the one at work is among them."""
     stage: int
-    forward: bool
-    """The direction that it goes in."""
+    direction: str
+    """What it does: F, B (of the input gradients where the backward pass is split) or W."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,36 +190,43 @@ def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]
 
 
 class StageLoad(NamedTuple):
-    """Bytes of a stage: its states, what one micro-batch in flight saves, and its transients."""
+    """Bytes of a stage: its states, what one micro-batch saves, defers, and has of the larger of both, and its transients."""
 
     states: float
     saved: float
-    forward_transient: float
-    backward_transient: float
+    deferred: float
+    active: float
+    transients: dict[str, float]
 
 
 def stage_loads(pipeline: Pipeline, counts: Counts) -> list[StageLoad]:
     """Bytes of every stage."""
     found = []
     for rows in counts:
-        states = saved = forward = backward = 0.0
+        states = saved = deferred = active = forward = backward = weights = 0.0
         for run, row in zip(pipeline.runs, rows, strict=True):
             for option, count in zip(run.options, row, strict=True):
                 if count:
                     states += count * run.states
                     saved += count * option.saved
+                    deferred += count * option.deferred
+                    active += count * max(option.saved, option.deferred)
                     forward = max(forward, option.forward_transient)
                     backward = max(backward, option.backward_transient)
-        found.append(StageLoad(states, saved, forward, backward))
+                    weights = max(weights, option.weight_transient)
+        found.append(StageLoad(states, saved, deferred, active, {"F": forward, "B": backward, "W": weights}))
     return found
 
 
 def moment_bytes(moment: Moment, loads: Sequence[StageLoad]) -> float:
     """Bytes that the layers of a rank need at a moment."""
-    total = loads[moment.stage].forward_transient if moment.forward else loads[moment.stage].backward_transient
-    for stage, in_flight in moment.in_flight:
+    acting = loads[moment.stage]
+    total = acting.transients[moment.direction]
+    if moment.direction == "B":  # layer by layer, what was saved gives way to what is deferred
+        total += acting.active - acting.saved
+    for stage, saved, deferred in moment.in_flight:
         load = loads[stage]
-        total += load.states + in_flight * load.saved
+        total += load.states + saved * load.saved + deferred * load.deferred
     return total
 
 
@@ -320,7 +336,7 @@ class _Program:
         else:
             self._no_empty_stage()
         self.seconds = self._stage_seconds()
-        self.transients: dict[tuple[int, bool], Any] = {}
+        self.transients: dict[tuple[int, str], Any] = {}
         for rank in sorted(set(pipeline.ranks)):
             fullest = max((moment for moment in pipeline.moments if moment.rank == rank), key=_weight, default=None)
             if fullest is not None:
@@ -383,27 +399,27 @@ class _Program:
         self.known_moments.add(moment)
         limit, byte = self.pipeline.limits[moment.rank], self._byte(moment.rank)
         terms = [
-            (x, (run.states + in_flight * option.saved) * byte)
-            for stage, in_flight in moment.in_flight
+            (x, (run.states + saved * option.saved + deferred * option.deferred + _giving_way(moment, stage, option)) * byte)
+            for stage, saved, deferred in moment.in_flight
             for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
             for option, x in zip(run.options, row, strict=False)
         ]
-        self._add([*terms, (self._transient(moment.stage, moment.forward), 1.0)], -1, limit * byte)
+        self._add([*terms, (self._transient(moment.stage, moment.direction), 1.0)], -1, limit * byte)
 
     def _byte(self, rank: int) -> float:
         return _SCALE / max(abs(self.pipeline.limits[rank]), 1.0)
 
-    def _transient(self, stage: int, forward: bool) -> Any:
-        return self.transients.get((stage, forward)) or self._transients(stage, forward)
+    def _transient(self, stage: int, direction: str) -> Any:
+        return self.transients.get((stage, direction)) or self._transients(stage, direction)
 
-    def _transients(self, stage: int, forward: bool) -> Any:
+    def _transients(self, stage: int, direction: str) -> Any:
         """τ of a stage in one direction."""
-        name = f"{stage}_{'F' if forward else 'B'}"
-        tau = self.transients[stage, forward] = self.problem.add_variable(f"tau_{name}", 0)
+        name = f"{stage}_{direction}"
+        tau = self.transients[stage, direction] = self.problem.add_variable(f"tau_{name}", 0)
         byte = self._byte(self.pipeline.ranks[stage])
         for r, run in enumerate(self.pipeline.runs):
             for o, (option, x) in enumerate(zip(run.options, self.x[stage][r], strict=False)):
-                need = _transient_bytes(option, forward) * byte
+                need = option.transient(direction) * byte
                 if need <= 0:
                     continue
                 used = x
@@ -541,13 +557,14 @@ def _open_cuts(pipeline: Pipeline) -> list[list[int]]:
     return found
 
 
-def _transient_bytes(option: Option, forward: bool) -> float:
-    return option.forward_transient if forward else option.backward_transient
+def _giving_way(moment: Moment, stage: int, option: Option) -> float:
+    """What a layer of the stage at work in a backward pass needs beyond what it has saved, when it defers more than that."""
+    return max(0.0, option.deferred - option.saved) if moment.direction == "B" and stage == moment.stage else 0.0
 
 
 def _weight(moment: Moment) -> tuple[int, bool, int]:
     """Orders the moments of a rank by the micro-batches in flight."""
-    return sum(count for _, count in moment.in_flight), not moment.forward, -moment.stage
+    return sum(saved + deferred for _, saved, deferred in moment.in_flight), moment.direction != "F", -moment.stage
 
 
 def _typical_seconds(pipeline: Pipeline) -> float:

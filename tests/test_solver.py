@@ -30,11 +30,14 @@ def moments(schedule, p, v, m):
     """Every moment of every rank, straight from the action lists."""
     found = set()
     for rank, actions in enumerate(compute_actions(schedule, p, v, m)):
-        live = {}
+        saved = {stage: 0 for _, stage, _ in actions}
+        deferred = dict(saved)
         for kind, stage, _ in actions:
-            live[stage] = live.get(stage, 0) + (kind == "F")
-            found.add(Moment(rank, tuple(sorted(live.items())), stage, kind == "F"))
-            live[stage] -= kind == ("W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B")
+            saved[stage] += kind == "F"
+            live = tuple((each, saved[each], deferred[each]) for each in sorted(saved))
+            found.add(Moment(rank, live, stage, "B" if kind == "I" else kind))
+            saved[stage] -= kind in "BI"
+            deferred[stage] += (kind == "I") - (kind == "W")
     return tuple(sorted(found))
 
 
@@ -46,9 +49,8 @@ def random_pipeline(rng, shape):
         saved, slow = rng.uniform(1, 5), 1.0
         for name in ("none", "full")[: rng.choice([1, 2, 2])]:
             forward, back_input, weight = rng.uniform(0.5, 2), slow * rng.uniform(0.5, 2), rng.uniform(0.5, 2)
-            options.append(
-                Option(name, forward, back_input + weight, back_input, weight, saved, rng.uniform(0, 2), rng.uniform(0, 4))
-            )
+            seconds = (forward, back_input + weight, back_input, weight)
+            options.append(Option(name, *seconds, saved, rng.uniform(0, 2), rng.uniform(0, 4), rng.uniform(0, 4), rng.uniform(0, 2)))
             saved, slow = saved / rng.uniform(1.5, 5), slow * 1.7
         runs.append(Run(f"run{index}", rng.choice([1, 1, 3, 4]), tuple(options), rng.uniform(0, 6), rng.uniform(0, 3)))
     count = p * v
