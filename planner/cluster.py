@@ -32,7 +32,7 @@ class Gpu(Document, kw_only=True):
     num_multiprocessors: int | None = None
     """Units that the tiles of a matrix product are spread over; null where that is not modelled."""
     fp8_matmul_speedup: float | None = None
-    """Speed of matrix products in fp8 over bf16; null where there is no fp8 or nothing was measured."""
+    """Speed of matrix products in fp8 over those in bf16, as measured or fitted; null where there is no fp8 or neither is known."""
     power_watts: float | None = None
     source: str = ""
 
@@ -62,6 +62,10 @@ class Efficiency(Document, kw_only=True):
     """Of peak FLOP/s, by the forward pass of fused (flash) attention."""
     attention_backward: float = 0.5
     """Of peak FLOP/s, by the backward pass of fused attention."""
+    native_matmul: float = 1.0
+    """Speed of matrix products in libraries tuned for this GPU over `matmul`."""
+    native_attention: float = 1.0
+    """Speed of attention kernels written for this GPU (cuDNN, FlashAttention-3) over `attention`."""
     matmul_depth_overhead: float = 0.0
     """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
     matmul_edge_overhead: float = 0.0

@@ -106,6 +106,11 @@ def _backward_communication(seconds: float, sequence_parallel: bool, overlap: fl
     return 0.5 * seconds + seconds * (1.0 - overlap)
 
 
+def matmul_speed(cluster: ClusterSpec, program: Software) -> float:
+    """Of the program's matrix products over what the cluster's efficiency says."""
+    return program.matmul_speed * (cluster.efficiency.native_matmul if program.native_kernels else 1.0)
+
+
 def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     """A transformer block: four projections (five when gated), the attention core, and the element-wise rest.
 
@@ -121,7 +126,7 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     ups = 2 if model.gated_ffn else 1
     f = model.ffn_hidden_size / t
     forward = backward = weight = parameters = 0.0
-    slow = 1.0 / program.matmul_speed
+    slow = 1.0 / matmul_speed(cluster, program)
     inward = outward = 0.0
     for columns, depth in ((heads + 2 * key_values, h), (h, heads), (ups * f, h), (h, f)):
         forward += slow * matmul_seconds(cluster, precision, n, columns, depth)
@@ -160,10 +165,11 @@ def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> 
         width = d + 16 if cluster.device == "cpu" else max(d, 64)
         flops = 4.0 * batch * s * (min(s, s * 0.5 + 128) if program.causal_skip else s) * width
         rate = peak_flops_per_second(cluster, precision) * program.attention_speed
+        rate *= efficiency.native_attention if program.native_kernels else 1.0
         forward = flops / (rate * efficiency.attention) + efficiency.kernel_seconds
         return forward, 2.5 * flops / (rate * efficiency.attention_backward) + 2 * efficiency.kernel_seconds
     products = matmul_seconds(cluster, precision, s, s, d, batch) + matmul_seconds(cluster, precision, s, d, s, batch)
-    products /= program.matmul_speed
+    products /= matmul_speed(cluster, program)
     scores = batch * s * s * ELEMENT_BYTES[precision]
     forward = products + elementwise_seconds(cluster, program.softmax_passes * scores, 2)
     return forward, 2 * products + elementwise_seconds(cluster, (program.softmax_passes + 1) * scores, 2)
@@ -190,7 +196,7 @@ def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     size = ELEMENT_BYTES[precision]
     norm = size * n * h * program.elementwise_passes / (t if decisions.sequence_parallel else 1)
     loss = n * columns * program.loss_bytes
-    slow = 1.0 / program.matmul_speed
+    slow = 1.0 / matmul_speed(cluster, program)
     forward = slow * matmul_seconds(cluster, precision, n, columns, h)
     elementwise = elementwise_seconds(cluster, 2 * norm + 2 / 3 * loss, 6)
     backward = slow * matmul_seconds(cluster, precision, n, h, columns) + elementwise_seconds(cluster, 8 * norm + loss / 3, 4)

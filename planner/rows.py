@@ -36,6 +36,7 @@ PROGRAMS: tuple[tuple[str, str], ...] = (
     (r"torchtitan", "torchtitan"),
     (r"internevo|internlm", "internevo"),
     (r"simumax", "megatron-te"),
+    (r"nemo|megatron.?bridge|megatron-core|mcore", "nemo"),
     (r"zero.?bubble|2401\.10241", "megatron-zero-bubble"),
     (r"bigscience|bloom", "megatron-deepspeed"),
     (r"deepspeed.*zero-?3|zero-?3.*deepspeed", "deepspeed-zero3"),
@@ -305,6 +306,9 @@ class _Reader:
             return "InterleavedZeroBubble", 1, (2.0 if "2p" in text or "h2" in text else 1.0)
         if "gpipe" in text or "afab" in text:
             return "GPipe", 1, None
+        if "interleav" in text and self.parallel.get("vpp") is None and model.num_layers % pp == 0:
+            # Not said how often: as often as divides a rank's layers, 8 times at most.
+            virtual = max(count for count in range(1, 9) if model.num_layers // pp % count == 0)
         if virtual > 1 and pp * virtual <= model.num_layers + 2:
             return "Interleaved1F1B", virtual, None
         return "1F1B", 1, None

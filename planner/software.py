@@ -19,6 +19,8 @@ class Software(Document, kw_only=True):
     """Fitted: time of its compute over what its kernels account for; 1 where nothing was fitted."""
     matmul_speed: float = 1.0
     """Speed of its matrix products over what the cluster's efficiency says; below 1 with libraries new to the GPU."""
+    native_kernels: bool = False
+    """Whether it uses kernels tuned for the GPU at hand, as Transformer Engine does: `native_matmul` and `native_attention`."""
     cast_bytes: float = 0.0
     """Bytes read and written per element of a linear layer's operands to cast them to fp8; 0 without fp8."""
     attention: Literal["fused", "unfused"] = "fused"

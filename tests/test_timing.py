@@ -295,7 +295,10 @@ def test_a_run_costs_gpu_hours_money_and_energy():
     ("name", "hardware", "num_tokens", "published", "kwargs"),
     [
         # Llama 2 model card; a plan of that size, since the paper gives none.
-        ("llama-2-70b", "a100-80gb", 2e12, 1_720_320, {"tp": 8, "pp": 4, "dp": 32, "micro": 1, "m": 32, "zero": 1, "sequence_length": 4096, "recompute": "selective", "sequence_parallel": True}),
+        (
+            "llama-2-70b", "a100-80gb", 2e12, 1_720_320,
+            {"tp": 8, "pp": 4, "dp": 32, "m": 32, "zero": 1, "sequence_length": 4096, "recompute": "selective", "sequence_parallel": True},
+        ),
         # Narayanan et al. 2021, section 5.1: 34 days on 1,024 A100.
         ("gpt3", "a100-80gb", 300e9, 34 * 24 * 1024, {"tp": 8, "pp": 16, "dp": 8, "micro": 1, "m": 192, "recompute": "full"}),
         # BLOOM's model card: 1,082,990 hours on 384 A100 for 366B tokens; its README's plan.
