@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from planner.documents import convert, dumps, parse_json, write_text
@@ -51,8 +52,8 @@ def steady_microbatches(decisions: Decisions, pipeline_rank: int) -> int:
     return m
 
 
-def dry_run(plan: Plan, rank: int) -> Memory:
-    """Traced peak of global rank `rank` over one step, by category."""
+def dry_run(plan: Plan, rank: int, device: str = "cpu") -> Memory:
+    """Traced peak of global rank `rank` over one step, by category. With device "cuda", real tensors on this GPU."""
     import torch
     import torch.distributed as dist
     import torch.testing._internal.distributed.fake_pg  # registers the "fake" backend
@@ -65,13 +66,15 @@ def dry_run(plan: Plan, rank: int) -> Memory:
 
     decisions, training, model = plan.decisions, plan.inputs.training, plan.inputs.model
     check_model(model)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", device, "no CUDA device is available")
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=decisions.world_size)
     try:
         copies = max(1, decisions.tensor_parallel // model.num_key_value_heads)
         mesh = make_mesh(decisions, rank, key_value_copies=copies, only_own_groups=True)
-        with FakeTensorMode():
+        with nullcontext() if device == "cuda" else FakeTensorMode():
             options = RunOptions(optimizer=OptimizerOptions(kind=training.optimizer))
-            trainer = Trainer(plan, mesh, options, torch.device("cpu"), initialise=False)
+            trainer = Trainer(plan, mesh, options, torch.device(device), initialise=False)
             trainer.shorten(steady_microbatches(decisions, mesh.pp.index))
             trainer.load_empty()
             tracker = trainer.track_memory()
@@ -82,12 +85,12 @@ def dry_run(plan: Plan, rank: int) -> Memory:
         dist.destroy_process_group()
 
 
-def dry_run_in_process(plan: Plan, rank: int) -> DryRunRank:
+def dry_run_in_process(plan: Plan, rank: int, device: str = "cpu") -> DryRunRank:
     """`dry_run` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder) / "plan.json", Path(folder) / "out.json"
         write_text(path, dumps(plan))
-        command = [sys.executable, "-W", "ignore", "-m", "executor.dry_run", str(path), "--rank", str(rank), "-o", str(output)]
+        command = [sys.executable, "-W", "ignore", "-m", "executor.dry_run", str(path), "--rank", str(rank), "--device", device, "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
         if not output.exists():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -96,10 +99,10 @@ def dry_run_in_process(plan: Plan, rank: int) -> DryRunRank:
         return document.pipeline_ranks[0]
 
 
-def dry_run_plan(plan: Plan) -> DryRun:
+def dry_run_plan(plan: Plan, device: str = "cpu") -> DryRun:
     """One rank of each pipeline rank, each in a fresh process."""
     ranks = range(plan.decisions.pipeline_parallel)
-    found = tuple(dry_run_in_process(plan, rank_of_pipeline_rank(plan, pipeline_rank)) for pipeline_rank in ranks)
+    found = tuple(dry_run_in_process(plan, rank_of_pipeline_rank(plan, pipeline_rank), device) for pipeline_rank in ranks)
     return DryRun(plan_hash=plan_hash(plan), pipeline_ranks=found)
 
 
@@ -108,19 +111,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m executor.dry_run", description="Traced peak memory of a plan's ranks.")
     parser.add_argument("plan", help="a plan document")
     parser.add_argument("--rank", type=int, help="a global rank (default: one of each pipeline rank)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the rank's real tensors on one GPU")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write the dry-run document")
     options = parser.parse_args(argv)
     try:
         plan = load_plan(options.plan)
         if options.rank is None:
-            document = dry_run_plan(plan)
+            document = dry_run_plan(plan, options.device)
         else:
             if not 0 <= options.rank < plan.decisions.world_size:
                 raise InputError("--rank", options.rank, f"0 to {plan.decisions.world_size - 1} is expected")
             from executor.mesh import coordinates_of
 
             started = time.perf_counter()
-            memory = dry_run(plan, options.rank)
+            memory = dry_run(plan, options.rank, options.device)
             place = coordinates_of(options.rank, plan.decisions)["pp"]
             wall = time.perf_counter() - started
             row = DryRunRank(pipeline_rank=place, rank=options.rank, memory=memory, wall_seconds=wall)

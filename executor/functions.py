@@ -12,9 +12,10 @@ What each function saves for the backward pass is in its docstring, per token an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from executor.mesh import Axis
 from executor.units import Unit
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 HEAD_CHUNK_ELEMENTS = 1 << 22
 """Logits that the loss handles at a time in fp32 (16 MiB)."""
@@ -41,6 +45,8 @@ class State:
     """Weight gradients that the running I action has put off, or None to compute them at once."""
     loss_sum: torch.Tensor | None = None
     """Sum of the losses of all tokens of the step so far, on this rank's last stage."""
+    compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Kernels by name that `compile_kernels` has compiled."""
     loss_scale: float = 1.0
     """1 / tokens of the global batch: the gradient of the mean loss with respect to one token's."""
 
@@ -56,9 +62,32 @@ class State:
             self.deferred.append(compute)
 
 
+KERNELS: list[Callable[..., Any]] = []
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """An element-wise function of (state, ...) that `compile_kernels` can replace."""
+    KERNELS.append(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        state: State = args[0]  # type: ignore[assignment]
+        chosen = state.compiled.get(function.__name__, function) if state.compiled else function
+        return chosen(*args, **kwargs)  # type: ignore[no-any-return]
+
+    return call
+
+
+def compile_kernels(state: State) -> None:
+    """Compiles norms and activation functions; matrix products, attention and communication stay as they are."""
+    for function in KERNELS:
+        state.compiled[function.__name__] = torch.compile(function, dynamic=False)
+
+
 # norms
 
 
+@kernel
 def norm_forward(state: State, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The norm's output, and its fp32 statistics per row: (mean, reciprocal deviation), or only the latter for RMSNorm."""
     if state.norm == "layernorm":
@@ -82,6 +111,7 @@ def norm_again(
     return norm_forward(state, x, gain, bias)[0]
 
 
+@kernel
 def norm_backward(
     state: State, dy: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...], gain: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -116,6 +146,7 @@ def norm_weight_gradient(state: State, unit: Unit, key: str, dgain: torch.Tensor
 # activation functions
 
 
+@kernel
 def activation_forward(state: State, u: torch.Tensor) -> torch.Tensor:
     """act(u), or act(gate) · up where u = [gate, up] along the last dim."""
     if state.gated:
@@ -124,6 +155,7 @@ def activation_forward(state: State, u: torch.Tensor) -> torch.Tensor:
     return F.gelu(u, approximate="tanh") if state.activation == "gelu" else F.relu(u)
 
 
+@kernel
 def activation_backward(state: State, da: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The gradient of u."""
     aten = torch.ops.aten

@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from executor.checkpoint import Checkpointer, find_checkpoint, resume
+from executor.clock import clock_offsets
 from executor.data import Data, open_tokens
 from executor.measure import Record, StorageTracker, environment, peak_rss_bytes
 from executor.mesh import Mesh, coordinates_of, make_mesh
@@ -48,6 +49,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint-folder", default="checkpoints", metavar="FOLDER", help="where step-N go (default checkpoints)")
     parser.add_argument("--keep-checkpoints", type=int, default=0, metavar="N", help="keep only the newest N; 0: all")
     parser.add_argument("--resume", metavar="FOLDER", help="a checkpoint step-N, or the folder with them: its newest")
+    parser.add_argument("--compile", action="store_true", help="compile norms and activation functions (slow to start; pays on GPUs)")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="write scalars there (needs the extra `tensorboard`)")
     parser.add_argument("--load", metavar="FOLDER", help="start from the Hugging Face safetensors there (GPT-2 and Llama families)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
@@ -135,14 +138,18 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         decay_steps=options.decay_steps,
         clip_norm=options.clip_norm,
         dropout=options.dropout,
+        compile=options.compile,
         optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
     )
     trainer = Trainer(plan, mesh, run_options, device, load_from=options.load)
     first = resume(trainer, options.resume) if options.resume else 0
     num_tokens = training.global_batch_size * training.sequence_length
 
+    scalars = scalar_writer(options.tensorboard) if rank == 0 else None
+
     def on_step(figures: StepFigures) -> None:
-        if rank == 0:
+        if scalars is not None:
+            scalars(figures, num_tokens)
             stderr_progress(progress_line(figures.step, options.steps + first, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
 
     checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
@@ -161,6 +168,31 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         write_text(options.output, dumps(run_document))
     if mesh.world_size > 1:
         dist.barrier()
+
+
+def scalar_writer(folder: str | None) -> Callable[[StepFigures, int], None]:
+    """Writes a step's figures to TensorBoard under torchtitan's names; does nothing without a folder."""
+    if folder is None:
+        return lambda figures, num_tokens: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard", folder, "TensorBoard is not installed: pip install meshwright[tensorboard]") from None
+    writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+
+    def write(figures: StepFigures, num_tokens: int) -> None:
+        values = {
+            "loss_metrics/global_avg_loss": figures.loss,
+            "grad_norm": figures.gradient_norm,
+            "lr": figures.learning_rate,
+            "throughput(tps)": num_tokens / figures.seconds,
+            "time_metrics/end_to_end(s)": figures.seconds,
+        }
+        for name, value in values.items():
+            writer.add_scalar(name, value, figures.step)  # type: ignore[no-untyped-call]
+        writer.flush()  # type: ignore[no-untyped-call]
+
+    return write
 
 
 def run_rehearsal(plan: Plan, options: argparse.Namespace) -> None:
@@ -218,17 +250,17 @@ def collect(
         "memory": tracker.memory(),
         "rss": peak_rss_bytes(),
         "sent": sent,
-        "clock": _clock_offset(device),
         **_cuda_figures(device),
     }
+    offsets = clock_offsets(socket.gethostname(), device)
     gathered: list[Any] = [None] * mesh.world_size
     if mesh.world_size > 1:
         dist.gather_object(own, gathered if mesh.rank == 0 else None)
     else:
         gathered = [own]
-    if mesh.rank:
+    if offsets is None:
         return None
-    timeline = _timeline(gathered, "rehearsed" if rehearsed else "measured")
+    timeline = _timeline(gathered, [offset.nanoseconds for offset in offsets], "rehearsed" if rehearsed else "measured")
     bubbles, busy = bubble_fractions(timeline), busy_seconds(timeline)
     actions_file = Path(actions_path(output)).name if output else None
     ranks = tuple(
@@ -271,13 +303,6 @@ def collect(
     return Run(plan_hash=plan_hash(plan), rehearsed=rehearsed, environment=where, steps=steps, ranks=ranks, summary=summary), timeline
 
 
-def _clock_offset(device: torch.device) -> tuple[str, int]:
-    """This host's name and its monotonic clock at a moment that is nearly the same on all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-    return socket.gethostname(), time.perf_counter_ns()
-
-
 def _cuda_figures(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return {}
@@ -289,10 +314,8 @@ def _cuda_figures(device: torch.device) -> dict[str, int]:
     }
 
 
-def _timeline(gathered: list[dict[str, Any]], source: str) -> Timeline:
-    """All ranks' records on one clock, in seconds from the first action. Hosts' clocks are aligned at a common barrier."""
-    host, origin = gathered[0]["clock"]
-    shifts = [0 if item["clock"][0] == host else origin - item["clock"][1] for item in gathered]
+def _timeline(gathered: list[dict[str, Any]], shifts: list[int], source: str) -> Timeline:
+    """All ranks' records on one clock, in seconds from the first action. `shifts` take each rank's clock to the first's."""
     rows = [
         (rank, kind, stage, microbatch, start + shift, end + shift)
         for rank, (item, shift) in enumerate(zip(gathered, shifts, strict=True))

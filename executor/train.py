@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from executor.data import Data
-from executor.functions import State
+from executor.functions import State, compile_kernels
 from executor.huggingface import reader
 from executor.measure import Recorder, StorageTracker
 from executor.mesh import Mesh
@@ -39,6 +39,8 @@ class RunOptions:
     clip_norm: float = 1.0
     """0 for no clipping."""
     dropout: float = 0.0
+    compile: bool = False
+    """Whether norms and activation functions are compiled."""
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
 
 
@@ -85,6 +87,8 @@ class Trainer:
             gated=model.gated_ffn,
             loss_scale=1.0 / (training.global_batch_size * training.sequence_length),
         )
+        if options.compile:
+            compile_kernels(self.state)
         self.stages: dict[int, StageModel] = build_stages(
             model, decisions, training.sequence_length, mesh, self.state, dtype=dtype, device=device, dropout=options.dropout
         )
@@ -152,8 +156,8 @@ class Trainer:
         decisions, training = self.plan.decisions, self.plan.inputs.training
         shape = (decisions.num_microbatches, decisions.micro_batch_size * training.sequence_length)
         stages = self.stages.values()
-        self.compute.tokens = torch.empty(shape, dtype=torch.int64, device=self.device) if any(stage.has_embedding for stage in stages) else None
-        self.compute.targets = torch.empty(shape, dtype=torch.int64, device=self.device) if any(stage.has_head for stage in stages) else None
+        self.compute.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device) if any(stage.has_embedding for stage in stages) else None
+        self.compute.targets = torch.zeros(shape, dtype=torch.int64, device=self.device) if any(stage.has_head for stage in stages) else None
 
     def step(self) -> StepResult:
         """One optimizer step on what `load` has brought."""

@@ -1,0 +1,78 @@
+"""Checkpoints: what a shard is made of, exact resumption, and another plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plans import make_plan
+from test_executor_run import launch
+
+from planner.documents import dumps, write_text
+from planner.plan import Plan
+from planner.run import load_run
+
+torch = pytest.importorskip("torch", reason="the executor needs torch")
+
+from executor.checkpoint import rectangles, steps_in  # noqa: E402
+from executor.units import Piece  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [Piece("a", (11,), start=3, stop=9), Piece("b", (7, 5), 0, 2, 6), Piece("c", (4, 9), 1, 3, 7), Piece("d", (6, 1), 0, 1, 5)],
+    ids=lambda piece: piece.name,
+)
+def test_rectangles_cover_a_run_of_elements_once(piece: Piece) -> None:
+    whole = torch.arange(torch.Size(piece.shape).numel()).view(piece.shape)
+    flat = piece.slice_of(whole).reshape(-1)
+    for first in range(piece.numel):
+        for last in range(first + 1, piece.numel + 1):
+            found = []
+            for offsets, shape, before in rectangles(piece, first, last):
+                assert before == len(found)
+                part = whole
+                for dim, (offset, size) in enumerate(zip(offsets, shape, strict=True)):
+                    part = part.narrow(dim, offset, size)
+                found += part.reshape(-1).tolist()
+            assert found == flat[first:last].tolist()
+
+
+def losses(plan: Plan, folder: Path, name: str, *arguments: str) -> list[float]:
+    write_text(folder / f"{name}.json", dumps(plan))
+    output = folder / f"{name}-run.json"
+    done = launch(plan.decisions.world_size, [str(folder / f"{name}.json"), "-o", str(output), *arguments])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [step.loss for step in load_run(output).steps]
+
+
+def test_resumed_exactly_and_under_another_plan(tmp_path: Path) -> None:
+    shape = {"precision": "fp32", "sequence_length": 16}
+    plan = make_plan("tiny-gpt", "cpu:4", tp=2, pp=2, m=8, **shape)
+    saved = str(tmp_path / "saved")
+    whole = losses(plan, tmp_path, "whole", "--steps", "4", "--checkpoint-every", "2", "--checkpoint-folder", saved)
+    assert [step for step, _ in sorted(steps_in(Path(saved)))] == [2, 4]
+    middle = f"{saved}/step-2"
+    assert losses(plan, tmp_path, "again", "--steps", "2", "--resume", middle) == whole[2:]
+    for name, other in (
+        ("dp4", make_plan("tiny-gpt", "cpu:4", dp=4, m=2, zero_stage=2, **shape)),
+        ("one", make_plan("tiny-gpt", "cpu:1", m=8, **shape)),
+    ):
+        found = losses(other, tmp_path, name, "--steps", "2", "--resume", middle)
+        assert max(abs(a - b) for a, b in zip(found, whole[2:], strict=True)) < 1e-5, name
+
+
+def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path: Path) -> None:
+    plan = make_plan("tiny-gpt", "cpu:1", m=2, precision="fp32", sequence_length=16)
+    saved = str(tmp_path / "saved")
+    losses(plan, tmp_path, "one", "--steps", "1", "--checkpoint-every", "1", "--checkpoint-folder", saved)
+    other = make_plan("tiny-llama", "cpu:1", m=2, precision="fp32", sequence_length=16)
+    write_text(tmp_path / "other.json", dumps(other))
+    for arguments, expected in (
+        ([str(tmp_path / "other.json"), "--resume", saved], "tiny-llama"),
+        ([str(tmp_path / "one.json"), "--resume", saved, "--seed", "3"], "--seed"),
+        ([str(tmp_path / "one.json"), "--resume", str(tmp_path)], "--resume"),
+    ):
+        done = launch(1, arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert expected in done.stderr
