@@ -71,7 +71,7 @@ def _say(line: str) -> None:
 def _start(num_gpus: int | None, output: str) -> None:
     """Measures with ranks on this machine."""
     gpus = torch.cuda.device_count()
-    world = num_gpus or gpus or 2
+    world = (gpus or 2) if num_gpus is None else num_gpus
     if world < 1 or (gpus and world > gpus):
         raise InputError("--num-gpus", world, f"1 to {gpus} (the GPUs of this machine) is expected" if gpus else "a positive integer is expected")
     run_ranks(world, _rank, (output,), "the calibration")

@@ -1,0 +1,271 @@
+"""One command for a machine with one GPU: `python3 benchmarks/gpu.py [-o NAME] [--packages FOLDER]`.
+
+Needs torch 2.11 or newer with CUDA and the planner's own dependencies; where there is no network, bring what is missing along
+(`pip install --target FOLDER msgspec networkx psutil`, for that machine's Python) and name it with --packages. It
+
+1. calibrates the GPU, as `plan calibrate` does;
+2. trains ten plans on it, and compares predicted with measured peak memory (the allocator's) and step time;
+3. runs single ranks of big plans by `plan dry-run --device cuda`, and compares their peak with the prediction;
+4. measures tokens/s and MFU beside a plain PyTorch loop of the same shape.
+
+Results go to benchmarks/results/DATE-gpu.txt and .json, the cluster file to DATE-gpu-cluster.json. Exit status 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SEQUENCE = 2048
+
+
+def python(*arguments: str, timeout: float = 400.0) -> subprocess.CompletedProcess[str]:
+    """This Python with arguments, in the repository's root."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def models() -> dict[str, Any]:
+    """From 0.2 to 3 thousand million parameters, the shapes of GPT and Llama."""
+    from planner.model import load_model
+    from planner.plan import replace
+
+    gpt, llama = load_model("tiny-gpt"), load_model("tiny-llama")
+    common = {"vocab_size": 32000, "max_sequence_length": SEQUENCE}
+    return {
+        "gpt-0.4b": replace(gpt, name="gpt-0.4b", num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
+                            num_key_value_heads=16, head_dim=64, num_position_embeddings=SEQUENCE, **common),
+        "llama-1b": replace(llama, name="llama-1b", num_layers=16, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16,
+                            num_key_value_heads=8, head_dim=128, **common),
+        "llama-3b": replace(llama, name="llama-3b", num_layers=26, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24,
+                            num_key_value_heads=8, head_dim=128, **common),
+    }  # fmt: skip
+
+
+def ten_plans(cluster: Any) -> list[tuple[str, Any]]:
+    from benchmarks.common import make_plan
+
+    shapes = models()
+    rows = [
+        ("gpt-0.4b", 4, 2, "none", "mixed-bf16"), ("gpt-0.4b", 8, 1, "none", "mixed-bf16"), ("gpt-0.4b", 8, 2, "full", "mixed-bf16"),
+        ("gpt-0.4b", 8, 2, "selective", "mixed-bf16"), ("gpt-0.4b", 2, 2, "none", "fp32"), ("llama-1b", 4, 2, "none", "mixed-bf16"),
+        ("llama-1b", 8, 1, "selective", "mixed-bf16"), ("llama-1b", 8, 1, "full", "bf16"), ("llama-3b", 2, 4, "none", "mixed-bf16"),
+        ("llama-3b", 4, 2, "full", "mixed-bf16"),
+    ]  # fmt: skip
+    return [
+        (f"{name} b{batch} m{m} {recompute} {precision}",
+         make_plan(shapes[name], cluster, micro_batch_size=batch, num_microbatches=m, sequence_length=SEQUENCE, recompute=recompute,
+                   precision=precision))
+        for name, batch, m, recompute, precision in rows
+    ]  # fmt: skip
+
+
+def big_plans() -> list[tuple[str, Any, int]]:
+    """Plans for many GPUs, of which one rank at a time fits here."""
+    from benchmarks.common import make_plan
+    from planner.cluster import load_cluster
+    from planner.model import load_model
+
+    h200 = load_cluster("h200-141gb")
+    common: dict[str, Any] = {"sequence_parallel": True, "precision": "mixed-bf16"}
+    gpt3 = make_plan(load_model("gpt3"), h200, tp=8, pp=8, num_microbatches=8, sequence_length=2048, **common)
+    llama = make_plan(load_model("llama-3-8b"), h200, tp=2, pp=2, dp=4, zero=1, num_microbatches=4, sequence_length=4096, **common)
+    return [("gpt3 tp8 pp8, first stage", gpt3, 0), ("gpt3 tp8 pp8, last stage", gpt3, gpt3.decisions.world_size - 1),
+            ("llama-3-8b tp2 pp2 dp4 ZeRO-1, first stage", llama, 0)]  # fmt: skip
+
+
+def train(folder: str, plan: Any, steps: int) -> dict[str, Any] | None:
+    """The run document of a plan, None when it failed."""
+    from planner.documents import dumps
+
+    plan_file, run_file = Path(folder) / "plan.json", Path(folder) / "run.json"
+    plan_file.write_text(dumps(plan), encoding="utf-8")
+    run_file.unlink(missing_ok=True)
+    done = python("-m", "executor", str(plan_file), "--steps", str(steps), "-o", str(run_file), "--data", "synthetic")
+    if done.returncode:
+        sys.stderr.write(done.stderr[-800:] + "\n")
+        return None
+    found: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
+    return found
+
+
+def dry_run(folder: str, plan: Any, rank: int) -> tuple[int, int] | None:
+    """Peak bytes of one rank with real tensors on this GPU, and the prediction for its pipeline rank."""
+    from planner.documents import dumps
+
+    plan_file, output = Path(folder) / "big.json", Path(folder) / "dry.json"
+    plan_file.write_text(dumps(plan), encoding="utf-8")
+    done = python("-m", "executor.dry_run", str(plan_file), "--rank", str(rank), "--device", "cuda", "--output", str(output))
+    if done.returncode:
+        sys.stderr.write(done.stderr[-800:] + "\n")
+        return None
+    found = json.loads(output.read_text(encoding="utf-8"))["pipeline_ranks"][0]
+    return found["memory"]["total_bytes"], plan.predictions.pipeline_ranks[found["pipeline_rank"]].memory.total_bytes
+
+
+def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: int) -> float:
+    """Seconds of a step of an ordinary PyTorch Llama in bf16 with fused AdamW, nothing of this package in it."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    h, d, heads, keys = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.RMSNorm(h), nn.RMSNorm(h)
+            self.qkv = nn.Linear(h, (heads + 2 * keys) * d, bias=False)
+            self.out = nn.Linear(heads * d, h, bias=False)
+            self.up = nn.Linear(h, 2 * model.ffn_hidden_size, bias=False)
+            self.down = nn.Linear(model.ffn_hidden_size, h, bias=False)
+
+        def forward(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+            b, s, _ = x.shape
+            q, k, v = self.qkv(self.norm1(x)).view(b, s, -1, d).split([heads, keys, keys], 2)
+            q, k = (part * cosine + torch.cat([-part[..., d // 2 :], part[..., : d // 2]], -1) * sine for part in (q, k))
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(b, s, -1))
+            gate, up = self.up(self.norm2(x)).chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        embedding, blocks = nn.Embedding(model.vocab_size, h), nn.ModuleList(Block() for _ in range(model.num_layers))
+        norm, head = nn.RMSNorm(h), nn.Linear(h, model.vocab_size, bias=False)
+        whole = nn.ModuleList([embedding, blocks, norm, head]).to(torch.bfloat16)
+        angles = torch.outer(torch.arange(SEQUENCE), 1.0 / model.rope_theta ** (torch.arange(0, d, 2) / d)).repeat(1, 2)[:, None]
+        cosine, sine = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+        tokens = torch.randint(0, model.vocab_size, (micro_batch_size, SEQUENCE + 1))
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-4, fused=True)
+    seconds = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(num_microbatches):
+            x = embedding(tokens[:, :-1])
+            for block in blocks:
+                x = block(x, cosine, sine)
+            loss = F.cross_entropy(head(norm(x)).flatten(0, 1).float(), tokens[:, 1:].flatten())
+            (loss / num_microbatches).backward()
+        torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-gpu)")
+    parser.add_argument("--packages", metavar="FOLDER", help="where packages that this Python lacks lie")
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    if options.packages:
+        folder = str(Path(options.packages).resolve())
+        sys.path.insert(1, folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    try:
+        import torch
+    except ImportError:
+        sys.stderr.write("error: this benchmark needs torch 2.11 or newer\n")
+        return 2
+    if not torch.cuda.is_available():
+        sys.stderr.write("error: no CUDA GPU is visible: this benchmark measures one; on CPUs, benchmarks/step_time.py does the same\n")
+        return 2
+    from benchmarks.common import table, write_results
+    from planner.cluster import load_cluster
+    from planner.graph import training_flops_per_token
+    from planner.kernels import peak_flops_per_second
+
+    name = options.output or f"{datetime.date.today()}-gpu"
+    cluster_file = ROOT / "benchmarks" / "results" / f"{name}-cluster.json"
+    cluster_file.parent.mkdir(exist_ok=True)
+    done = python("-m", "executor.calibrate", "--num-gpus", "1", "--output", str(cluster_file))
+    if done.returncode:
+        sys.stderr.write(done.stderr[-2000:])
+        return 1
+    cluster = load_cluster(f"{cluster_file}:1")
+    data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "calibration": cluster.source, "plans": [], "big": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for title, plan in ten_plans(cluster):
+            run = train(folder, plan, options.steps)
+            row = {
+                "plan": title, "predicted_bytes": plan.predictions.memory.total_bytes, "predicted_seconds": plan.predictions.time.step_seconds,
+                "measured_bytes": run and run["ranks"][0]["allocated_bytes"], "measured_seconds": run and run["summary"]["step_seconds"],
+            }  # fmt: skip
+            data["plans"].append(row)
+            sys.stderr.write(f"{row}\n")
+        for title, plan, rank in big_plans():
+            found = dry_run(folder, plan, rank)
+            data["big"].append({"rank": title, "measured_bytes": found and found[0], "predicted_bytes": found and found[1]})
+    title, plan = ten_plans(cluster)[5]
+    tokens = plan.inputs.training.global_batch_size * SEQUENCE
+    work = tokens * training_flops_per_token(plan.inputs.model, SEQUENCE) / peak_flops_per_second(load_peak(cluster), "mixed-bf16")
+    loop = plain_loop(plan.inputs.model, plan.decisions.micro_batch_size, plan.decisions.num_microbatches, options.steps)
+    ours = data["plans"][5]["measured_seconds"]
+    data["throughput"] = [
+        {"program": program, "plan": title, "tokens_per_second": seconds and tokens / seconds, "mfu": seconds and work / seconds}
+        for program, seconds in (("meshwright", ours), ("plain PyTorch loop", loop))
+    ]
+    text = report(data, table)
+    sys.stdout.write(text)
+    write_results(name, text, data)
+    return 0
+
+
+def load_peak(cluster: Any) -> Any:
+    """The preset of this GPU where there is one, for the peak that MFU is a share of; else what was measured."""
+    from planner.cluster import presets
+
+    words = cluster.gpu.name.lower().replace("nvidia", "").split()
+    for preset in presets().values():
+        if preset.device == "cuda" and words and preset.name.split("-")[0] == words[0]:
+            return preset
+    return cluster
+
+
+def report(data: dict[str, Any], table: Any) -> str:
+    def gib(value: int | None) -> str:
+        return "failed" if value is None else f"{value / 2**30:.2f}"
+
+    def off(row: dict[str, Any], unit: str) -> str:
+        measured, predicted = row[f"measured_{unit}"], row[f"predicted_{unit}"]
+        return "" if not measured or not predicted else f"{100 * (predicted / measured - 1):+.1f}"
+
+    def ms(value: float | None) -> str:
+        return "failed" if value is None else f"{1e3 * value:.1f}"
+
+    text = f"{data['device']}, torch {data['torch']}, {datetime.date.today()}\n{data['calibration']}\n\n"
+    text += table(
+        ("plan", "predicted GiB", "measured GiB", "error %", "predicted ms", "measured ms", "error %"),
+        [(row["plan"], gib(row["predicted_bytes"]), gib(row["measured_bytes"]), off(row, "bytes"), ms(row["predicted_seconds"]),
+          ms(row["measured_seconds"]), off(row, "seconds")) for row in data["plans"]],
+    )  # fmt: skip
+    text += "\n" + table(
+        ("rank of a big plan", "predicted GiB", "measured GiB", "error %"),
+        [(row["rank"], gib(row["predicted_bytes"]), gib(row["measured_bytes"]), off(row, "bytes")) for row in data["big"]],
+    )
+    text += "\n" + table(
+        ("program", "plan", "tokens/s", "MFU %"),
+        [(row["program"], row["plan"], *(("failed", "") if not row["mfu"] else (f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f}")))
+         for row in data["throughput"]],
+    )  # fmt: skip
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Fitting a cluster to measurements, and correcting it by a run."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from planner.calibration import CollectivePoint, LayerPoint, MatmulPoint, Measurements, MemoryPoint, MessagePoint, OptimizerPoint, fit, minimise
+from planner.cluster import load_cluster
+from planner.correction import correct
+from planner.estimate import predict
+from planner.kernels import elementwise_seconds, matmul_seconds
+from planner.layer_time import layer_seconds, optimizer_seconds
+from planner.model import load_model
+from planner.network import all_gather_seconds, all_reduce_seconds, group, message_seconds
+from planner.paradigms import as_plan
+from planner.plan import Decisions, Inputs, Memory, Training, even_stages, plan_hash, replace
+from planner.run import Coordinates, Run, RunRank, Step, Summary
+from planner.timeline import Event, Timeline
+from planner.timing import predict_time, predict_timeline
+
+TRUE = load_cluster("cpu:2")
+TRUE = replace(TRUE, efficiency=replace(TRUE.efficiency, matmul=0.9, kernel_seconds=2e-5, attention=0.3, attention_backward=0.4, memory=0.5))
+
+
+def one_rank(model, batch, length):
+    training = Training(global_batch_size=batch, sequence_length=length, precision="fp32")
+    decisions = Decisions(data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=batch, num_microbatches=1, stages=())
+    return Inputs(model=model, cluster=replace(TRUE, num_gpus=1), training=training), decisions
+
+
+def measurements() -> Measurements:
+    """What a machine that is exactly `TRUE` would measure."""
+    noise = random.Random(0)
+    matmuls = [MatmulPoint("fp32", n, n, n, matmul_seconds(TRUE, "fp32", n, n, n)) for n in (64, 256, 1024)]
+    memory = [MemoryPoint(n, elementwise_seconds(TRUE, n)) for n in (1 << 16, 1 << 20, 1 << 24)]
+    layers = []
+    for name in ("tiny-gpt", "tiny-llama"):
+        for batch, length in ((1, 64), (4, 128), (2, 256)):
+            inputs, decisions = one_rank(load_model(name), batch, length)
+            for kind in ("embedding", "block", "head"):
+                time = layer_seconds(inputs, decisions, kind)
+                layers.append(LayerPoint(inputs.model, kind, 1, batch, length, "fp32", time.forward * noise.uniform(0.98, 1.02), time.backward))
+    inputs, decisions = one_rank(load_model("tiny-gpt"), 1, 64)
+    optimizer = [OptimizerPoint("fp32", n, 3 * optimizer_seconds(inputs, decisions, n)) for n in (10**5, 10**6)]
+    collectives = [CollectivePoint("all_reduce", 2, n, 4e-4 + n / 5e8) for n in (1 << 12, 1 << 18, 1 << 22)]
+    messages = [MessagePoint(n, 1e-4 + n / 1e9) for n in (1 << 12, 1 << 18, 1 << 22)]
+    return Measurements(
+        "cpu", "a CPU", 2, 2, 2, 1 << 32, None, tuple(matmuls), tuple(memory), tuple(layers), tuple(optimizer), tuple(collectives), tuple(messages)
+    )
+
+
+def test_minimise_finds_the_bottom_of_a_valley() -> None:
+    found = minimise(lambda x: (x[0] - 1) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2, [-1.0, 2.0])
+    assert found == pytest.approx([1.0, 1.0], abs=1e-2)
+
+
+def test_fit_gives_back_the_machine() -> None:
+    fitted = fit(measurements())
+    residuals = {residual.name: residual for residual in fitted.residuals}
+    assert residuals["block layers"].mean_error_fraction < 0.03
+    assert residuals["matrix products"].mean_error_fraction < 0.15
+    assert residuals["optimizer"].worst_error_fraction < 0.05
+    assert residuals["collectives"].worst_error_fraction < 0.01
+    assert message_seconds(fitted.cluster, 1 << 20, True) == pytest.approx(1e-4 + (1 << 20) / 1e9, rel=0.01)
+    assert "mean error of the fit" in fitted.cluster.source
+
+
+def test_a_measured_group_takes_its_curve_and_others_the_links() -> None:
+    cluster = fit(measurements()).cluster
+    assert all_reduce_seconds(group(cluster, 2, 1), 1 << 20) == pytest.approx(4e-4 + (1 << 20) / 5e8, rel=0.01)
+    assert all_gather_seconds(group(cluster, 2, 1), 1 << 20) < all_reduce_seconds(group(cluster, 2, 1), 1 << 20)
+    assert all_reduce_seconds(group(replace(cluster, collectives=()), 2, 1), 1 << 20) == pytest.approx(4e-4 + (1 << 20) / 5e8, rel=0.2)
+
+
+def test_one_rank_measures_no_links() -> None:
+    fitted = fit(measurements()._replace(num_gpus=1, gpus_per_node=1, collectives=(), messages=()))
+    assert fitted.cluster.collectives == ()
+    assert "assumed" in fitted.cluster.intra_node.source
+
+
+def pipeline_plan(cluster, schedule="1F1B"):
+    model = load_model("tiny-gpt")
+    inputs = Inputs(model=model, cluster=cluster, training=Training(global_batch_size=16, sequence_length=128, precision="fp32"))
+    decisions = Decisions(
+        data_parallel=1, tensor_parallel=1, pipeline_parallel=2, micro_batch_size=2, num_microbatches=8, schedule=schedule,
+        stages=even_stages(model, schedule, 2, 1, "none"),
+    )  # fmt: skip
+    return as_plan(inputs, decisions, predict(inputs, decisions))
+
+
+def pretend_run(plan, truth) -> tuple[Run, Timeline]:
+    """The run that a machine like `truth` would report."""
+    inputs = replace(plan.inputs, cluster=truth)
+    timeline = predict_timeline(inputs, plan.decisions)
+    events = []
+    for event in timeline.events:
+        events.append(event if not event.kind.startswith("SEND") else event._replace(end=event.start + 1e-6))
+    seconds = predict_time(inputs, plan.decisions).time.step_seconds
+    memory = Memory.of(0, 0, 0)
+    ranks = tuple(
+        RunRank(rank=r, coordinates=Coordinates(pp=r, dp=0, tp=0), memory=memory, bubble_fraction=0.0, busy_seconds=0.0, actions_file=None)
+        for r in range(2)
+    )
+    step = Step(step=0, loss=0.0, seconds=seconds, num_tokens=1)
+    summary = Summary(step_seconds=seconds, bubble_fraction=0.0, peak_bytes=0, tokens_per_second=0.0)
+    run = Run(plan_hash=plan_hash(plan), rehearsed=False, environment={}, steps=(step,), ranks=ranks, summary=summary)
+    return run, Timeline(source="measured", events=tuple(Event(*event) for event in events))
+
+
+def test_correction_converges_on_the_machine_that_ran() -> None:
+    plan = pipeline_plan(TRUE)
+    slower = replace(TRUE.efficiency, time_scale=1.7, optimizer_scale=3.0, step_seconds=0.004)
+    truth = replace(TRUE, efficiency=slower, intra_node=replace(TRUE.intra_node, latency_seconds=2e-3))
+    run, timeline = pretend_run(plan, truth)
+    corrected = correct(plan.inputs, plan.decisions, run, timeline)
+    measured = run.summary.step_seconds
+    assert abs(corrected.before / measured - 1) > 0.3
+    assert corrected.after == pytest.approx(measured, rel=0.03)
+    assert corrected.ratios["forward"] == pytest.approx(1.7, rel=1e-6)
+    assert corrected.ratios["optimizer"] == pytest.approx(5.1, rel=1e-6)
+    again = correct(replace(plan.inputs, cluster=corrected.cluster), plan.decisions, run, timeline)
+    assert all(ratio == pytest.approx(1.0, rel=0.05) for ratio in again.ratios.values())
+    other = pipeline_plan(TRUE, "GPipe")
+    expected = predict_time(replace(other.inputs, cluster=truth), other.decisions).time.step_seconds
+    assert predict_time(replace(other.inputs, cluster=corrected.cluster), other.decisions).time.step_seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_correction_without_a_timeline_scales_compute() -> None:
+    plan = pipeline_plan(TRUE)
+    run, _ = pretend_run(plan, replace(TRUE, efficiency=replace(TRUE.efficiency, time_scale=1.5)))
+    corrected = correct(plan.inputs, plan.decisions, run, None)
+    assert corrected.after == pytest.approx(run.summary.step_seconds, rel=0.05)
+
+
+def test_calibrate_measures_this_machine(tmp_path: Path) -> None:
+    """The real thing on two ranks: a cluster file that --cluster takes, with finite constants and its residual."""
+    torch = pytest.importorskip("torch")
+    from executor import calibrate
+
+    assert calibrate.main(["--output", str(tmp_path / "cluster.json"), "--num-gpus", "2"]) == 0
+    cluster = load_cluster(f"{tmp_path / 'cluster.json'}:2")
+    assert cluster.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "mean error of the fit" in cluster.source
+    assert {(curve.kind, curve.num_ranks) for curve in cluster.collectives} == {("all_reduce", 2), ("all_gather", 2), ("reduce_scatter", 2)}
+    assert all(math.isfinite(value) and value > 0 for value in cluster.gpu.peak_flops_per_second.values())
+    assert math.isfinite(predict_time(pipeline_plan(cluster).inputs, pipeline_plan(cluster).decisions).time.step_seconds or math.nan)
+
+
+def test_calibrate_says_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    from executor import calibrate
+
+    output = ["--output", str(tmp_path / "c.json")]
+    assert calibrate.main([*output, "--from", "run.json"]) == 2
+    assert "--plan" in capfd.readouterr().err
+    assert calibrate.main([*output, "--num-gpus", "0"]) == 2
+    assert "--num-gpus" in capfd.readouterr().err
