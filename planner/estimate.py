@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from planner import graph
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
-from planner.economics import run_cost
+from planner.economics import MFU_IMPLAUSIBLE, run_cost
 from planner.memory import in_flight, layer_bytes, predict_memory, state_bytes
 from planner.model import ModelSpec
 from planner.plan import (
@@ -181,16 +181,22 @@ def memory_wall(model: ModelSpec, cluster: ClusterSpec, training: Training, num_
     )
 
 
+def warnings(inputs: Inputs, predictions: Predictions) -> tuple[str, ...]:
+    """What is implausible or risky about the predictions, in words."""
+    found = []
+    mfu = predictions.time.model_flops_utilization
+    if mfu is not None and mfu > MFU_IMPLAUSIBLE:
+        found.append(f"implausible: a model FLOPs utilization of {mfu:.0%}; no published run of this kind is above {MFU_IMPLAUSIBLE:.0%}")
+    share = predictions.memory.total_bytes / inputs.cluster.gpu.memory_bytes
+    if 0.95 < share <= 1:
+        found.append(
+            f"risky: the heaviest GPU uses {share:.1%} of its memory; fragmentation alone can take what is left (--memory-fraction 0.95 keeps clear of it)"
+        )
+    return tuple(found)
+
+
 def plan_estimate(inputs: Inputs, decisions: Decisions, predictions: Predictions, assumptions: Iterable[str] = ()) -> Estimate:
     """A plan's predictions as an estimate document, with warnings where a figure is implausible or risky."""
-    capacity = inputs.cluster.gpu.memory_bytes
-    notes = []
-    mfu = predictions.time.model_flops_utilization
-    if mfu is not None and mfu > 0.65:
-        notes.append(f"implausible: a model FLOPs utilization of {mfu:.0%}; no published run of this kind is above 65 %")
-    share = predictions.memory.total_bytes / capacity
-    if 0.95 < share <= 1:
-        notes.append(f"risky: the heaviest GPU uses {share:.1%} of its memory; fragmentation alone can take what is left")
     return Estimate(
         model=model_summary(inputs.model),
         parallel=decisions,
@@ -200,7 +206,7 @@ def plan_estimate(inputs: Inputs, decisions: Decisions, predictions: Predictions
         time=predictions.time,
         zero_offload_rows=offload_rows(inputs, decisions),
         assumptions=tuple(assumptions),
-        warnings=tuple(notes),
+        warnings=warnings(inputs, predictions),
     )
 
 

@@ -68,12 +68,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     return out
 
 
-def gib(size: float | None) -> str:
-    if size is None:
+def gib(value: float | None) -> str:
+    """GiB for a table's cell, or MiB marked by "Mi"."""
+    if value is None:
         return "–"
-    if size and abs(size) < 0.1 * GIB:
-        return f"{size / 2**20:,.2f} Mi"
-    return f"{size / GIB:,.2f}"
+    if value and abs(value) < 0.1 * GIB:
+        return f"{value / 2**20:,.2f} Mi"
+    return f"{value / GIB:,.2f}"
+
+
+def size(value: float) -> str:
+    """Bytes with their unit, for a sentence."""
+    text = gib(value)
+    return f"{text}B" if text.endswith(" Mi") else f"{text} GiB"
 
 
 def seconds(value: float | None) -> str:
@@ -178,10 +185,10 @@ def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fi
     where = f"pipeline rank {worst.pipeline_rank}" if len(ranks) > 1 else "every GPU"
     answer = "FITS" if fits else "DOES NOT FIT"
     headroom = worst.headroom_bytes or 0
-    room = f"{gib(headroom)} GiB to spare" if headroom >= 0 else f"{gib(-headroom)} GiB too much"
+    room = f"{size(headroom)} to spare" if headroom >= 0 else f"{size(-headroom)} too much"
     lines = [
         f"{answer}: {inputs.model.name} on {inputs.cluster.num_gpus:,} x {inputs.cluster.gpu.name} ({degrees(decisions)})",
-        f"  memory: {gib(memory.total_bytes)} GiB at its peak on {where}, of {gib(capacity)} GiB ({room})",
+        f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {size(capacity)} ({room})",
     ]
     low_high = ""
     if time.step_seconds_interval:
@@ -267,8 +274,8 @@ def wall_view(estimate: Estimate) -> list[RenderableType | str]:
     memory = estimate.memory
     title = f"{estimate.model['name']}: {estimate.model['num_parameters']:,} parameters"
     rows = [
-        (label, f"{size / 1e9:,.1f}", f"{size / GIB:,.1f}", f"{size / wall.gpu_memory_bytes:,.1f}")
-        for label, size in (
+        (label, f"{held / 1e9:,.1f}", f"{held / GIB:,.1f}", f"{held / wall.gpu_memory_bytes:,.1f}")
+        for label, held in (
             (f"weights ({wall.bytes_per_parameter[0]} B)", memory.weights_bytes),
             (f"gradients ({wall.bytes_per_parameter[1]} B)", memory.gradients_bytes),
             (f"optimizer ({wall.bytes_per_parameter[2]} B)", memory.optimizer_bytes),
@@ -279,7 +286,7 @@ def wall_view(estimate: Estimate) -> list[RenderableType | str]:
         table(title, ("what training keeps", "GB (10^9)", "GiB", f"x {wall.gpu}"), rows),
         f"The states alone fill {wall.num_gpus_for_states:,} x {wall.gpu} ({gib(wall.gpu_memory_bytes)} GiB each).",
         "Activations of one sample: "
-        + ", ".join(f"{size / GIB:,.1f} GiB ({level})" for level, size in wall.activations_bytes_per_sample.items())
+        + ", ".join(f"{size(held)} ({level})" for level, held in wall.activations_bytes_per_sample.items())
         + " by level of recomputation.",
         f"FLOPs per token: {wall.forward_flops_per_token:.4g} forward, {wall.training_flops_per_token:.4g} with backward.",
     ]

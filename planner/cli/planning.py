@@ -241,7 +241,7 @@ def solve(output: str | None, as_json: bool, **options: Any) -> int:
 
 def _show_plan(plan: Plan, *, short: bool) -> None:
     from planner import tables
-    from planner.estimate import fits
+    from planner.estimate import fits, warnings
 
     inputs, decisions, predictions, solver = plan.inputs, plan.decisions, plan.predictions, plan.solver
     ranks = predictions.pipeline_ranks
@@ -251,6 +251,7 @@ def _show_plan(plan: Plan, *, short: bool) -> None:
         parts += ["", tables.stage_table(inputs, decisions, ranks)]
     if solver.reasons:
         parts.append(tables.notes("Why this plan", solver.reasons))
+    parts += [tables.notes("Warnings", found) for found in [warnings(inputs, predictions)] if found]
     if solver.runners_up and not short:
         parts += ["", tables.runners_up_table(plan)]
     elif solver.runners_up:
