@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 WIDEST = 220
 """Columns of text beyond which a table's cells are wrapped."""
+WORDS = frozenset({"why", "why it lost", "why not", "counted per", "place"})
+"""Columns that hold words, which are aligned left and may be wrapped."""
 
 
 def show(*parts: RenderableType | str, width: int | None = None) -> str:
@@ -59,10 +61,11 @@ def show(*parts: RenderableType | str, width: int | None = None) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are aligned left, the others right."""
+    """A plain table; the first `left` columns, and those of words, are aligned left, the others right."""
     out = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        out.add_column(Text(column), justify="left" if index < left else "right", no_wrap=index >= left, overflow="fold")
+        words = index < left or column in WORDS
+        out.add_column(Text(column), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row in rows:
         out.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
     return out
