@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, make_plan, processor, run_plans, table, write_results
 from planner.cluster import ClusterSpec, load_cluster
 from planner.errors import InputError, MeshwrightError
+from planner.estimate import predict
 from planner.model import ModelSpec, load_model
 from planner.network import axis_group
+from planner.paradigms import as_plan
 from planner.plan import Decisions, Plan, check, digest, replace
 from planner.timing import predict_time
 
@@ -63,7 +65,7 @@ def feasible(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> li
     if cluster.gpus_per_node < RANKS:
         orders += [("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")]
     degrees = [(tp, pp, RANKS // tp // pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if RANKS % (tp * pp) == 0]
-    for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (1, 4), (0, 1, 3), orders):
+    for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (2, 4), (0, 1, 3), orders):
         if BATCH % (dp * micro) or (zero and dp == 1) or (zero == 3 and pp > 1):
             continue
         try:
@@ -75,7 +77,7 @@ def feasible(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> li
             check(plan.inputs, decisions)
         except InputError:
             continue
-        plan = replace(plan, decisions=decisions)
+        plan = as_plan(plan.inputs, decisions, predict(plan.inputs, decisions))
         found.setdefault(_layout(decisions), plan)
     return list(found.values())
 

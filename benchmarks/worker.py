@@ -2,7 +2,7 @@
 
 Each plan is trained by the executor's own code; starting processes for each would take longer than the steps. The plans
 are gone through `rounds` times, so that a machine whose speed drifts treats all alike. Rank 0 writes, for each plan, the
-seconds of every step but the first two of a round, and the pipeline phase's bubble and utilisation from the timeline.
+seconds of every step but the first of a round, and the pipeline phase's bubble and utilisation from the timeline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from planner.documents import convert
 from planner.plan import SCHEMA, Plan
 from planner.timeline import Event, Timeline, bubble_fraction, busy_seconds, window
 
-WARM_STEPS = 2
+WARM_STEPS = 1
+BUDGET_SECONDS = 2.0
+"""A plan gets fewer steps where the predicted ones take longer than this in all, but at least LEAST_STEPS."""
+LEAST_STEPS = 3
 
 
 def run(plan: Plan, steps: int) -> dict[str, Any] | None:
@@ -38,6 +41,7 @@ def run(plan: Plan, steps: int) -> dict[str, Any] | None:
     training = plan.inputs.training
     vocabulary = plan.inputs.model.vocab_size
     data = Data(open_tokens(None, vocabulary), vocabulary, training.sequence_length, training.global_batch_size, 0)
+    steps = max(LEAST_STEPS, min(steps, int(BUDGET_SECONDS / (plan.predictions.time.step_seconds or 1.0))))
     seconds, bubbles, utilisations, forwards, backwards = [], [], [], [], []
     for step in range(steps + WARM_STEPS):
         trainer.load(data)

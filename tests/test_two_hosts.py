@@ -13,7 +13,8 @@ from planner.cluster import load_cluster
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "two-hosts"
-ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TWO_HOSTS_NAME": "mwtest", "TWO_HOSTS_PORT": "29641"}
+OWN = {"TWO_HOSTS_NAME": "mwtest", "TWO_HOSTS_PORT": "29641"}
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **OWN}
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
