@@ -21,6 +21,7 @@ from planner.candidates import (
 )
 from planner.chain import Costs, stages_of
 from planner.cluster import with_num_gpus
+from planner.contention import shares_cores
 from planner.critical_path import graph
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import capacity_bytes
@@ -68,7 +69,7 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
     """The best plans that differ from the winner in one decision or more, and the neighbours that don't fit, with reasons."""
     assert outcome.best is not None
     best = outcome.best
-    known = {replace(found.decisions, stages=()): found.decisions for found in outcome.others}
+    known = {replace(found.decisions, stages=()): (found.seconds, found.decisions) for found in outcome.others}
     fitting: list[tuple[float, Decisions]] = []
     misfits: list[Decisions] = []
     candidates = dict.fromkeys([*_neighbours(costs.inputs, constraints, best.decisions), *known])
@@ -79,10 +80,8 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
         plan = known.get(candidate) or simple_plan(costs, candidate, recompute_levels(constraints))
         if plan is None:
             misfits.append(candidate)
-        else:
-            seconds = predict_time(costs.inputs, plan).time.step_seconds
-            if seconds is not None and seconds >= best.seconds * (1 - 1e-9):
-                fitting.append((seconds, plan))
+        elif plan[0] >= best.seconds * (1 - 1e-9):
+            fitting.append(plan)
     fitting.sort(key=lambda item: item[0])
     chosen: dict[tuple[str, object], tuple[float, Decisions]] = {}
     for seconds, plan in fitting:
@@ -101,8 +100,8 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
     return (*found, *(_misfit(costs.inputs, candidate, constraints) for candidate in misfits[:2]))
 
 
-def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...]) -> Decisions | None:
-    """A candidate's plan by simple rules, or None where it doesn't fit."""
+def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...]) -> tuple[float, Decisions] | None:
+    """A candidate's step time and plan by simple rules, or None where it doesn't fit."""
     pipeline = costs.pipeline(candidate, levels)
     whole = graph(candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches)
     choices = [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
@@ -112,10 +111,14 @@ def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...
     for sizes in choices:
         counts = greedy.fit(pipeline, sizes)
         if counts is not None and excess_bytes(pipeline, counts)[0] <= 0:
-            seconds = whole.longest(stage_seconds(pipeline, counts))
+            plan = replace(candidate, stages=stages_of(candidate, counts, levels))
+            if shares_cores(costs.inputs.cluster, costs.inputs.cluster.num_gpus):
+                seconds = predict_time(costs.inputs, plan).time.step_seconds or math.inf
+            else:
+                seconds = whole.longest(stage_seconds(pipeline, counts)) + costs.step_seconds
             if best is None or seconds < best[0]:
-                best = (seconds, replace(candidate, stages=stages_of(candidate, counts, levels)))
-    return best[1] if best else None
+                best = (seconds, plan)
+    return best
 
 
 def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> Iterator[Decisions]:

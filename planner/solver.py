@@ -51,6 +51,11 @@ from planner.errors import SolverError
 
 TOLERANCE = 1e-6
 """Relative gap below which a plan counts as proven optimal; it is the solver's own feasibility tolerance."""
+TIE_BREAK = 1e-7
+"""Share of the step that the seconds of all stages weigh in the objective, so that of equal steps the one with the least
+recomputation is found; bounds are lowered by as much."""
+MOMENTS_AT_ONCE = 5
+"""Violated moments of a rank that are added to a program before it is solved again."""
 RELAXED_PROGRESS = 1e-3
 """Rounds of the linear relaxation end when one raises the bound by no more than this share."""
 _SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
@@ -321,7 +326,6 @@ class _Program:
         self.second = _SCALE / (cutoff if cutoff < math.inf else _typical_seconds(pipeline))
         self.problem = pulp.LpProblem("pipeline", pulp.LpMinimize)
         self.step = self.problem.add_variable("T", 0, _SCALE if cutoff < math.inf else None)
-        self.problem.setObjective(self.step * 1)
         self.x = [
             [
                 [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, most, "Integer") for o in range(len(run.options))] if most else []
@@ -336,6 +340,8 @@ class _Program:
         else:
             self._no_empty_stage()
         self.seconds = self._stage_seconds()
+        total = _SCALE * TIE_BREAK / (self.second * _typical_seconds(pipeline))
+        self.problem.setObjective(pulp.LpAffineExpression([(self.step, 1.0), *((stage, total) for stage in self.seconds.values())]))
         self.transients: dict[tuple[int, str], Any] = {}
         for rank in sorted(set(pipeline.ranks)):
             fullest = max((moment for moment in pipeline.moments if moment.rank == rank), key=_weight, default=None)
@@ -410,7 +416,8 @@ class _Program:
         return _SCALE / max(abs(self.pipeline.limits[rank]), 1.0)
 
     def _transient(self, stage: int, direction: str) -> Any:
-        return self.transients.get((stage, direction)) or self._transients(stage, direction)
+        known = (stage, direction) in self.transients  # a variable is no truth value
+        return self.transients[stage, direction] if known else self._transients(stage, direction)
 
     def _transients(self, stage: int, direction: str) -> Any:
         """τ of a stage in one direction."""
@@ -466,7 +473,8 @@ class _Program:
                 terms += self._parameters(stages, -count * pipeline.optimizer_piece.slope)
                 constant += count * pipeline.optimizer_piece.intercept * self.second
             elif kind == "REDUCE" and pipeline.reduce_pieces:
-                terms.append((self.seconds.get((kind, place)) or self._reduce_seconds(place), -float(count)))
+                known = (kind, place) in self.seconds
+                terms.append((self.seconds[kind, place] if known else self._reduce_seconds(place), -float(count)))
             elif (kind, place) in self.seconds:
                 terms.append((self.seconds[kind, place], -float(count)))
         self._add(terms, 1, constant)
@@ -486,14 +494,15 @@ class _Program:
         return found
 
     def add_violated_moments(self, counts: Counts) -> int:
-        """Adds the fullest violated moment of each rank; says how many there were."""
-        worst: dict[int, tuple[float, Moment]] = {}
+        """Adds the fullest violated moments of each rank; says how many there were."""
+        violated: dict[int, list[tuple[float, Moment]]] = {}
         loads = stage_loads(self.pipeline, counts)
         for moment in self.pipeline.moments:
             over = moment_bytes(moment, loads) - self.pipeline.limits[moment.rank]
             if over > 1e-9 * abs(self.pipeline.limits[moment.rank]) and moment not in self.known_moments:
-                worst[moment.rank] = max(worst.get(moment.rank, (over, moment)), (over, moment))
-        for _, moment in worst.values():
+                violated.setdefault(moment.rank, []).append((over, moment))
+        worst = [moment for rank in sorted(violated) for _, moment in sorted(violated[rank], reverse=True)[:MOMENTS_AT_ONCE]]
+        for moment in worst:
             self._memory(moment)
         return len(worst)
 
@@ -527,8 +536,9 @@ class _Program:
         """Seconds that the solver has proven no solution to beat."""
         if self.solver == "HiGHS" and integer:
             bound = float(self.problem.solverModel.getInfo().mip_dual_bound)
-            return bound / self.second if math.isfinite(bound) else 0.0
-        return float(self.step.varValue) / self.second if proven else 0.0
+        else:
+            bound = float(self.problem.objective.value()) if proven else -math.inf
+        return max(0.0, bound - _SCALE * TIE_BREAK) / self.second if math.isfinite(bound) else 0.0
 
     def solution(self, counts: Counts | None, seconds: float, bound: float, proven: bool) -> Solution:
         return Solution(counts, seconds, bound, proven, self.solver, tuple(self.known_paths), self.num_programs)
