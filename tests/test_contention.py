@@ -64,8 +64,9 @@ def test_prediction_uses_it_where_ranks_outnumber_cores() -> None:
     model, cluster = load_model("tiny-gpt"), replace(load_cluster("cpu:4"), cores_per_node=2)
     inputs = Inputs(model=model, cluster=cluster, training=Training(global_batch_size=8, sequence_length=64, precision="fp32"))
     decisions = Decisions(
-        data_parallel=1, tensor_parallel=1, pipeline_parallel=4, micro_batch_size=1, num_microbatches=8, stages=even_stages(model, "1F1B", 4, 1, "none")
-    )
+        data_parallel=1, tensor_parallel=1, pipeline_parallel=4, micro_batch_size=1, num_microbatches=8,
+        stages=even_stages(model, "1F1B", 4, 1, "none"),
+    )  # fmt: skip
     assert shares_cores(cluster, 4) and not shares_cores(cluster, 2)
     shared, alone = predict_time(inputs, decisions), predict_time(replace(inputs, cluster=replace(cluster, cores_per_node=4)), decisions)
     assert shared.time.step_seconds is not None and alone.time.step_seconds is not None

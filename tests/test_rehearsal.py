@@ -51,7 +51,7 @@ def test_a_rehearsal_has_the_bubble_of_its_schedule(tmp_path: Path, schedule: st
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(p), "-m", "executor"]
     command += [str(tmp_path / "plan.json"), "--steps", "2", "--rehearse", "-o", str(tmp_path / "run.json")]
-    for attempt in range(2):
+    for _ in range(2):
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             break
