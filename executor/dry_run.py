@@ -65,7 +65,7 @@ def dry_run(plan: Plan, rank: int, device: str = "cpu") -> Memory:
     from executor.train import RunOptions, Trainer
 
     decisions, training, model = plan.decisions, plan.inputs.training, plan.inputs.model
-    check_model(model)
+    check_model(model, decisions.tensor_parallel)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", device, "no CUDA device is available")
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=decisions.world_size)

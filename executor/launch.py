@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         if options.rehearse:
             run_rehearsal(plan, options)
         else:
-            check_model(plan.inputs.model, options.plan)
+            check_model(plan.inputs.model, plan.decisions.tensor_parallel, options.plan)
             run(plan, options)
     except MeshwrightError as error:
         if rank == 0:

@@ -25,8 +25,11 @@ from planner.plan import Decisions, Recompute, Stage, block_levels, has_embeddin
 INITIAL_STD = 0.02
 
 
-def check_model(model: ModelSpec, where: str = "plan") -> None:
+def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> None:
     """Raises InputError naming what the executor has no code for."""
+    first, last = vocabulary_range(model.vocab_size, tensor_parallel - 1, tensor_parallel)
+    if first >= last:
+        raise InputError(f"{where}: decisions.tensor_parallel", tensor_parallel, f"some ranks would get none of {model.vocab_size} vocabulary rows")
     where = f"{where}: inputs.model"
     if model.position_embedding == "alibi":
         raise InputError(f"{where}.position_embedding", "alibi", "the executor has learned and rotary positions")

@@ -181,7 +181,7 @@ class Pipeline:
 
     def __init__(
         self,
-        lists: tuple[Actions, ...],
+        actions: Actions,
         stage_ranks: tuple[int, ...],
         mesh: Mesh,
         rows: tuple[int, int],
@@ -189,7 +189,7 @@ class Pipeline:
         device: torch.device,
         recorder: Recorder,
     ) -> None:
-        self.follow(lists, mesh.pp.index)
+        self.actions = actions
         self.stage_ranks = stage_ranks
         self.mesh = mesh
         self.rows = rows
@@ -199,10 +199,6 @@ class Pipeline:
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._sends = Sends()
-
-    def follow(self, lists: tuple[Actions, ...], rank: int) -> None:
-        """Takes the actions of `rank`."""
-        self.actions = lists[rank]
 
     def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:
         """All actions in order. `around(kind)` is a context for each, used to categorise memory."""

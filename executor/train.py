@@ -20,6 +20,7 @@ from executor.model import StageModel, build_stages
 from executor.optimizer import OptimizerOptions, UnitOptimizer, squared_norm
 from executor.pipeline import Pipeline, StageCompute
 from executor.units import Unit
+from planner.errors import MeshwrightError
 from planner.plan import Plan, replace, stage_ranks
 from planner.schedule import plan_actions
 
@@ -105,7 +106,7 @@ class Trainer:
         ranks = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
         tokens = decisions.micro_batch_size * training.sequence_length
         rows = (tokens // mesh.tp.size if decisions.sequence_parallel else tokens, model.hidden_size)
-        self.pipeline = Pipeline(plan_actions(decisions), ranks, mesh, rows, dtype, device, self.recorder)
+        self.pipeline = Pipeline(plan_actions(decisions)[mesh.pp.index], ranks, mesh, rows, dtype, device, self.recorder)
         self.compute = StageCompute(self.stages, len(ranks) - 1, self.state, device, self._optimizer_step)
         self.tied_units = self._tied_units()
         self.step_index = 0
@@ -149,7 +150,7 @@ class Trainer:
     def shorten(self, num_microbatches: int) -> None:
         """Runs steps of the first `num_microbatches` only: for a dry run."""
         decisions = replace(self.plan.decisions, num_microbatches=num_microbatches)
-        self.pipeline.follow(plan_actions(decisions), self.mesh.pp.index)
+        self.pipeline.actions = plan_actions(decisions)[self.mesh.pp.index]
 
     def load_empty(self) -> None:
         """Space for a step's tokens and targets, without contents: for fake tensors."""
@@ -219,9 +220,9 @@ class Trainer:
             for tensor in (*optimizer.tensors.values(), optimizer.num_steps):
                 tracker.add(tensor, "optimizer")
             unit.on_allocate = tracker.add
-        for tensor in (self.compute.tokens, self.compute.targets):
-            if tensor is not None:
-                tracker.add(tensor, "buffers")
+        for held in (self.compute.tokens, self.compute.targets):
+            if held is not None:
+                tracker.add(held, "buffers")
         tracker.reset()
         self.tracker = tracker
         return tracker
@@ -282,6 +283,8 @@ def train(
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - started
         step = trainer.step_index - 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise MeshwrightError(f"step {step + 1}: loss {loss}, gradient norm {norm}: training has diverged; a lower --learning-rate may help")
         figures.append(StepFigures(step, loss, norm, seconds, learning_rate(trainer.options, step)))
         on_step(figures[-1])
         after_step()
