@@ -184,7 +184,7 @@ def constraints_of(options: dict[str, Any]) -> Constraints:
 
 def _decision_value(name: str, text: str) -> object:
     """The value of a decision that `text` means."""
-    if name == "schedule" and text in SCHEDULES or name == "recompute" and text in RECOMPUTE_LEVELS:
+    if (name == "schedule" and text in SCHEDULES) or (name == "recompute" and text in RECOMPUTE_LEVELS):
         return text
     if name == "sequence_parallel" and text in ("true", "false"):
         return text == "true"

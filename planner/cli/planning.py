@@ -35,9 +35,9 @@ def print_json(document: Any) -> None:
 @json_option
 def models(name: str | None, as_json: bool) -> None:
     """The model presets with shape and exact parameter count; one of them in full with NAME."""
-    from planner import tables
     from planner.estimate import model_summary
     from planner.model import load_model, presets
+    from planner.tables import plans, text
 
     if name is not None:
         model = load_model(name, "NAME")
@@ -45,12 +45,12 @@ def models(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json(summary)
         else:
-            click.echo(tables.show(tables.fields_table(model.name, summary)), nl=False)
+            click.echo(text.show(plans.fields_table(model.name, summary)), nl=False)
         return
     if as_json:
         print_json([model_summary(model) for model in presets().values()])
     else:
-        click.echo(tables.show(tables.models_table(presets().values())), nl=False)
+        click.echo(text.show(plans.models_table(presets().values())), nl=False)
 
 
 @click.command()
@@ -58,20 +58,20 @@ def models(name: str | None, as_json: bool) -> None:
 @json_option
 def clusters(name: str | None, as_json: bool) -> None:
     """The hardware presets: GPU, memory, FLOP/s, links; one of them in full with NAME."""
-    from planner import tables
     from planner.cluster import load_cluster, presets
+    from planner.tables import plans, text
 
     if name is not None:
         cluster = load_cluster(name, "NAME")
         if as_json:
             print_json(cluster)
         else:
-            click.echo(tables.show(tables.fields_table(cluster.name, _flat(documents.builtins(cluster)))), nl=False)
+            click.echo(text.show(plans.fields_table(cluster.name, _flat(documents.builtins(cluster)))), nl=False)
         return
     if as_json:
         print_json(list(presets().values()))
     else:
-        click.echo(tables.show(tables.clusters_table(presets().values())), nl=False)
+        click.echo(text.show(plans.clusters_table(presets().values())), nl=False)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
@@ -95,8 +95,8 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
 
     With degrees: a row per pipeline rank; the heaviest GPU governs. Exit status 3 where the plan does not fit.
     """
-    from planner import tables
     from planner.estimate import memory_wall
+    from planner.tables import plans, text
 
     request = request_of(options)
     if gpus is not None:
@@ -110,16 +110,16 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
         if as_json:
             print_json(wall)
         else:
-            click.echo(tables.show(*tables.wall_view(wall), "", tables.notes("Assumptions", wall.assumptions)), nl=False)
+            click.echo(text.show(*plans.wall_view(wall), "", text.notes("Assumptions", wall.assumptions)), nl=False)
         return 0
     return _estimate_plan(request, explain, as_json)
 
 
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
-    from planner import tables
     from planner.defaults import complete, repairs, shortage
     from planner.errors import DoesNotFitError
     from planner.estimate import plan_estimate, predict, with_training_run
+    from planner.tables import plans, text
 
     model = model_of(request)
     training = training_of(request, model, 1)
@@ -133,18 +133,18 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     else:
         assert document.pipeline_ranks is not None
         parts: list[Any] = [
-            tables.verdict(completed.inputs, completed.decisions, document.memory, document.time, document.fits, document.pipeline_ranks),
+            plans.verdict(completed.inputs, completed.decisions, document.memory, document.time, document.fits, document.pipeline_ranks),
             "",
-            tables.stage_table(completed.inputs, completed.decisions, document.pipeline_ranks),
+            plans.stage_table(completed.inputs, completed.decisions, document.pipeline_ranks),
         ]
         if document.zero_offload_rows:
-            parts.append(tables.offload_view(document))
+            parts.append(plans.offload_view(document))
         if explain:
             from planner.explain import explain_memory
 
-            parts.append(tables.explain_table(explain_memory(completed.inputs, completed.decisions)))
-        parts.extend(part for part in (tables.notes("Warnings", document.warnings), tables.notes("Assumptions", document.assumptions)) if part)
-        click.echo(tables.show(*parts), nl=False)
+            parts.append(plans.explain_table(explain_memory(completed.inputs, completed.decisions)))
+        parts.extend(part for part in (text.notes("Warnings", document.warnings), text.notes("Assumptions", document.assumptions)) if part)
+        click.echo(text.show(*parts), nl=False)
     if document.fits:
         return 0
     raise DoesNotFitError(shortage(completed.inputs, completed.decisions), repairs(completed.inputs, completed.decisions))
@@ -161,17 +161,17 @@ def _with_run(plan: Plan, request: Request) -> Plan:
 
 def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> int:
     """The best plan for each number of GPUs."""
-    from planner import tables
     from planner.candidates import Constraints
     from planner.cluster import with_num_gpus
     from planner.errors import DoesNotFitError
     from planner.search import search
+    from planner.tables import plans, text
 
     numbers = []
-    for text in gpus.split(","):
-        if not text.strip().isdigit() or not 1 <= int(text) <= 10**6:
+    for part in gpus.split(","):
+        if not part.strip().isdigit() or not 1 <= int(part) <= 10**6:
             raise InputError("--gpus", gpus, "numbers of GPUs are expected, such as 64,128,256")
-        numbers.append(int(text))
+        numbers.append(int(part))
     if output is not None:
         require_folder(output)
     inputs = inputs_of(request)
@@ -186,10 +186,13 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
     if output is not None:
         _write_sweep(inputs.model.name, points, output)
     if as_json:
-        rows = [{"num_gpus": number, "plan": None if plan is None else documents.builtins(plan), "why_not": why or None} for number, plan, why in points]
+        rows = [
+            {"num_gpus": number, "plan": None if plan is None else documents.builtins(plan), "why_not": why or None}
+            for number, plan, why in points
+        ]
         print_json({"schema": "meshwright.sweep/1", "model": inputs.model.name, "points": rows})
     else:
-        click.echo(tables.show(tables.sweep_table(inputs.model.name, points)), nl=False)
+        click.echo(text.show(plans.sweep_table(inputs.model.name, points)), nl=False)
     return 0 if any(plan is not None for _, plan, _ in points) else 3
 
 
@@ -240,23 +243,23 @@ def solve(output: str | None, as_json: bool, **options: Any) -> int:
 
 
 def _show_plan(plan: Plan, *, short: bool) -> None:
-    from planner import tables
     from planner.estimate import fits, warnings
+    from planner.tables import plans, text
 
     inputs, decisions, predictions, solver = plan.inputs, plan.decisions, plan.predictions, plan.solver
     ranks = predictions.pipeline_ranks
-    parts: list[Any] = [tables.verdict(inputs, decisions, predictions.memory, predictions.time, fits(predictions), ranks)]
-    parts.append(tables.solver_line(solver))
+    parts: list[Any] = [plans.verdict(inputs, decisions, predictions.memory, predictions.time, fits(predictions), ranks)]
+    parts.append(plans.solver_line(solver))
     if ranks:
-        parts += ["", tables.stage_table(inputs, decisions, ranks)]
+        parts += ["", plans.stage_table(inputs, decisions, ranks)]
     if solver.reasons:
-        parts.append(tables.notes("Why this plan", solver.reasons))
-    parts += [tables.notes("Warnings", found) for found in [warnings(inputs, predictions)] if found]
+        parts.append(text.notes("Why this plan", solver.reasons))
+    parts += [text.notes("Warnings", found) for found in [warnings(inputs, predictions)] if found]
     if solver.runners_up and not short:
-        parts += ["", tables.runners_up_table(plan)]
+        parts += ["", plans.runners_up_table(plan)]
     elif solver.runners_up:
         parts.append(f"{len(solver.runners_up)} runners-up, and why they lost: plan show")
-    click.echo(tables.show(*parts), nl=False)
+    click.echo(text.show(*parts), nl=False)
 
 
 @click.command()
@@ -278,7 +281,7 @@ def show(plan_file: str, as_json: bool) -> int:
 @json_option
 def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     """The schedule's timeline: bubble, busy and idle time per pipeline rank."""
-    from planner import tables
+    from planner.tables import plans, text
     from planner.timeline import bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, exposed_communication_seconds, window
     from planner.timing import predict_timeline
 
@@ -311,18 +314,18 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
         )
         return 0
     rows = [
-        (rank, tables.seconds(busy[rank]), tables.seconds(last - first - busy[rank]), tables.seconds(exposed[rank]), tables.percent(fractions[rank]))
+        (rank, text.seconds(busy[rank]), text.seconds(last - first - busy[rank]), text.seconds(exposed[rank]), text.percent(fractions[rank]))
         for rank in timeline.ranks
     ]
     head = (
         f"{plan.decisions.schedule}: {plan.decisions.num_microbatches} micro-batches on {plan.decisions.pipeline_parallel} pipeline ranks; "
-        f"step {tables.seconds(timeline.end)}, bubble {tables.percent(bubble_fraction(timeline))}"
+        f"step {text.seconds(timeline.end)}, bubble {text.percent(bubble_fraction(timeline))}"
     )
     columns = ("pipeline rank", "busy", "idle in the pipeline", "sends, receives, reductions", "bubble")
-    parts: list[Any] = [head, "", tables.table("The simulated step", columns, rows)]
+    parts: list[Any] = [head, "", text.table("The simulated step", columns, rows)]
     if plan.decisions.num_microbatches <= 16 and plan.decisions.pipeline_parallel <= 16:
-        parts.append(tables.timeline_view(timeline))
-    click.echo(tables.show(*parts), nl=False)
+        parts.append(plans.timeline_view(timeline))
+    click.echo(text.show(*parts), nl=False)
     if trace is not None:
         click.echo(f"wrote {trace}: open it at ui.perfetto.dev or in chrome://tracing", err=True)
     return 0

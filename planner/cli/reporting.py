@@ -23,9 +23,9 @@ from planner.plan import load_plan
 @json_option
 def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: float | None, output: str | None, as_json: bool) -> int:
     """Predicted beside measured: memory by category and rank, bubble, step time."""
-    from planner import tables
     from planner.compare import compare, outside
     from planner.run import load_actions, load_dry_run, load_run
+    from planner.tables import results, text
 
     plan, run = load_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
     if output is not None:
@@ -37,10 +37,10 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
     if as_json:
         print_json(document)
     else:
-        parts: list[Any] = tables.comparison_view(document, run)
-        click.echo(tables.show(*parts, tables.notes("Where the difference lies", [cause.words for cause in document.causes])), nl=False)
+        parts: list[Any] = results.comparison_view(document, run)
+        click.echo(text.show(*parts, text.notes("Where the difference lies", [cause.words for cause in document.causes])), nl=False)
     if document.within_tolerance is False:
-        beyond = tables.outside_words(document, outside(document.rows, tolerance or 0.0))
+        beyond = results.outside_words(document, outside(document.rows, tolerance or 0.0))
         raise ToleranceError(f"outside the tolerance of {tolerance:.0%}: {', '.join(beyond)}")
     return 0
 
@@ -104,8 +104,8 @@ def export(plan_file: str, target: str, output: str | None) -> int:
 @json_option
 def validate(rows: str | None, report_file: str | None, as_json: bool) -> int:
     """Predictions against the published measurements that ship with the package, or against a file of such rows."""
-    from planner import tables
     from planner.published import load_rows, validate
+    from planner.tables import results, text
 
     if report_file is not None:
         require_folder(report_file)
@@ -118,5 +118,5 @@ def validate(rows: str | None, report_file: str | None, as_json: bool) -> int:
     if as_json:
         print_json(document)
     else:
-        click.echo(tables.show(*tables.validation_view(document)), nl=False)
+        click.echo(text.show(*results.validation_view(document)), nl=False)
     return 0

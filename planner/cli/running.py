@@ -109,16 +109,16 @@ def dry_run(plan_file: str, rank: int | None, device: str | None, output: str | 
 
 
 def _show_dry_run(plan_file: str, path: str, as_json: bool) -> int:
-    from planner import tables
     from planner.cli.planning import print_json
     from planner.run import load_dry_run
+    from planner.tables import results, text
 
     document = load_dry_run(path)
     if as_json:
         print_json(document)
         return 0
     plan = load_plan(plan_file, "PLAN")
-    click.echo(tables.show(tables.dry_run_table(plan, document)), nl=False)
+    click.echo(text.show(results.dry_run_table(plan, document)), nl=False)
     return 0
 
 
@@ -205,12 +205,12 @@ def paradigms(
     as_json: bool,
 ) -> int:
     """Naive model parallel, data, pipeline, FSDP/ZeRO-3, tensor, 2D and 3D parallel side by side."""
-    from planner import tables
     from planner.cli.planning import print_json
     from planner.cluster import load_cluster
     from planner.model import load_model
     from planner.paradigms import paradigms
     from planner.plan import Training
+    from planner.tables import results, text
 
     if output is not None:
         require_folder(output)
@@ -236,7 +236,7 @@ def paradigms(
     if as_json:
         print_json(document)
     else:
-        click.echo(tables.show(*tables.paradigms_view(document)), nl=False)
+        click.echo(text.show(*results.paradigms_view(document)), nl=False)
     return 0
 
 
