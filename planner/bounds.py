@@ -185,7 +185,7 @@ def rank_rooms(
             each = states + flight * needs["block", level].saved
             time = seconds["block", level]
             count = max(free, 0.0) / each if each > 0 else math.inf
-            points.append((min(count, costs.inputs.model.num_layers), time.forward + time.backward))
+            points.append((min(count, 1e6 * costs.inputs.model.num_layers), time.forward + time.backward))
         rooms.append(RankRoom(_hull(points), fixed, parameters))
     return rooms
 

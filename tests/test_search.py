@@ -79,3 +79,139 @@ def test_the_ilps_numbers_are_those_of_the_memory_and_time_models(case, profile)
             peak = max(moment_bytes(moment, loads) for moment in pipeline.moments if moment.rank == rank)
             known = peak - pipeline.limits[rank] + costs.capacity
             assert need.total_bytes <= known <= 1.07 * need.total_bytes, "the ILP bounds the memory from above, and closely"
+
+
+def every_candidate(inputs, constraints):
+    """All candidates without stages, bounds and dominance left aside."""
+    for degrees in all_degrees(inputs, constraints):
+        for order in rank_orders(degrees, constraints):
+            for choice in (True, False) if degrees.tensor_parallel > 1 else (False,):
+                for schedule, v in schedules(inputs, degrees, constraints):
+                    for zero in zero_stages(degrees, schedule, constraints):
+                        yield decisions_of(
+                            degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice, rank_order=order
+                        )
+
+
+@pytest.mark.parametrize("gpus, batch, fraction", [(8, 8, 1.0), (8, 16, 0.2), (16, 8, 0.11)])
+def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(gpus, batch, fraction):
+    inputs = inputs_of("gpt3-1.3b", f"a100-40gb:{gpus}", batch, memory_fraction=fraction)
+    constraints = Constraints(fixed=Fixed(micro_batch_size=1))
+    outcome = explore(Costs(inputs), constraints)
+    assert outcome.best is not None and outcome.proven
+    assert outcome.bound == pytest.approx(outcome.best.seconds, rel=2e-6)
+    costs = Costs(inputs)
+    fastest, count, fitting = math.inf, 0, 0
+    for candidate in every_candidate(inputs, constraints):
+        count += 1
+        pipeline = costs.pipeline(candidate, LEVELS)
+        whole = graph(candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches)
+        rooms = bounds.rank_rooms(
+            costs,
+            candidate,
+            least_in_flight(candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches),
+            LEVELS,
+        )
+        sizes = [list(pipeline.patterns[0])] if pipeline.patterns else [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
+        for size in sizes:
+            counts = greedy.fit(pipeline, size)
+            if counts is None:
+                continue
+            fitting += 1
+            seconds = whole.longest(stage_seconds(pipeline, counts))
+            fastest = min(fastest, seconds)
+            assert rooms is not None
+            work = bounds.least_work(rooms, inputs.model.num_layers)
+            least = bounds.least_stages(costs, candidate, LEVELS)
+            if candidate.num_virtual_stages == 1:
+                assert bounds.schedule_bound(candidate, work, least) <= seconds * (1 + 1e-9)
+            else:
+                assert bounds.regular_bound(costs, candidate, LEVELS) <= seconds * (1 + 1e-9)
+    assert count == outcome.num_candidates
+    assert fitting > 20
+    assert outcome.best.seconds <= fastest * (1 + 1e-6)
+
+
+def test_the_plan_is_checked_hashed_and_the_same_each_time():
+    inputs = inputs_of("bloom-176b", "a100-80gb:384", 2048)
+    constraints = Constraints(fixed=Fixed(tensor_parallel=4, pipeline_parallel=12, data_parallel=8))
+    plan = search(inputs, constraints)
+    check(plan.inputs, plan.decisions)
+    assert plan.inputs_hash == digest(inputs)
+    assert plan.solver.status == "optimal" and plan.solver.gap_fraction == 0
+    assert plan.solver.objective_seconds == pytest.approx(plan.predictions.time.step_seconds, rel=1e-6)
+    assert fits(plan.predictions)
+    assert plan.solver.num_candidates > plan.solver.num_pruned > 0
+    assert any("slower" in runner.why_not for runner in plan.solver.runners_up)
+    assert any("over on pipeline rank" in runner.why_not for runner in plan.solver.runners_up)
+    assert any("stays inside a node" in reason for reason in plan.solver.reasons)
+    assert search(inputs, constraints).decisions == plan.decisions
+
+
+PUBLISHED = [
+    ("bloom-176b", "a100-80gb:384", 2048, 2048, (4, 12, 8), 2, 1, "1F1B", 1, "full"),
+    ("megatron-145b", "a100-80gb:1536", 2304, 2048, (8, 8, 24), 1, 0, "Interleaved1F1B", 2, "full"),
+    ("megatron-310b", "a100-80gb:1920", 2160, 2048, (8, 16, 15), 1, 0, "Interleaved1F1B", 3, "full"),
+    ("megatron-530b", "a100-80gb:2520", 2520, 2048, (8, 35, 9), 1, 0, "Interleaved1F1B", 3, "full"),
+    ("megatron-1t", "a100-80gb:3072", 3072, 2048, (8, 64, 6), 1, 0, "1F1B", 1, "full"),
+    ("llama-3.1-405b", "h100-80gb:8192", 2048, 8192, (8, 16, 64), 1, 1, "1F1B", 1, "none"),
+]
+SLOW = ("megatron-310b", "megatron-530b", "megatron-1t", "llama-3.1-405b")
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if row[0] in SLOW else ()) for row in PUBLISHED], ids=lambda row: row[0])
+def test_given_published_degrees_the_plan_is_no_slower_than_the_published_one(row):
+    """Degrees: Scao et al. 2022; Narayanan et al. 2021, Table 1; Llama team 2024, Table 4 (without context parallelism)."""
+    name, cluster, batch, sequence, (tp, pp, dp), micro, zero, schedule, v, recompute = row
+    inputs = inputs_of(name, cluster, batch, sequence)
+    published = decisions_of(Degrees(tp, pp, dp, micro, batch // dp // micro), schedule=schedule, num_virtual_stages=v, zero_stage=zero)
+    published = replace(published, stages=even_stages(inputs.model, schedule, pp, v, recompute))
+    check(inputs, published)
+    fixed = Fixed(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=dp, micro_batch_size=micro)
+    outcome = explore(Costs(inputs), Constraints(fixed=fixed, time_limit_seconds=60.0), cutoff=math.inf)
+    if fits(predict(inputs, published)):
+        assert outcome.best is not None
+    if outcome.best is not None:
+        assert outcome.best.seconds <= predict_time(inputs, published).time.step_seconds * (1 + 1e-9)
+
+
+def test_constraints_are_kept():
+    inputs = inputs_of("gpt3-1.3b", "a100-80gb:8", 16)
+    fixed = Fixed(tensor_parallel=2, zero_stage=1, recompute="full", schedule="GPipe", pipeline_parallel=2)
+    plan = search(inputs, Constraints(fixed=fixed)).decisions
+    assert (plan.tensor_parallel, plan.zero_stage, plan.schedule, plan.pipeline_parallel) == (2, 1, "GPipe", 2)
+    assert {stage.recompute for stage in plan.stages} == {"full"}
+    free = search(inputs, Constraints(forbidden=(("tensor_parallel", 1), ("zero_stage", 0)))).decisions
+    assert free.tensor_parallel > 1 and free.zero_stage > 0
+    with pytest.raises(InputError, match="tensor"):
+        search(inputs, Constraints(fixed=Fixed(tensor_parallel=3)))
+    with pytest.raises(InputError, match="it must be|must be the 8 GPUs|must divide"):
+        search(inputs, Constraints(fixed=Fixed(tensor_parallel=2, pipeline_parallel=2, data_parallel=4)))
+    with pytest.raises(InputError, match="forbidden"):
+        search(inputs, Constraints(forbidden=(("colour", 1),)))
+
+
+def test_nothing_fits_says_what_is_short_and_what_would_help():
+    with pytest.raises(DoesNotFitError, match=r"does not fit 1 x .* short") as raised:
+        search(inputs_of("gpt3", "a100-80gb:1", 8))
+    assert any(" GPUs: a step of " in repair for repair in raised.value.repairs)
+    inputs = inputs_of("gpt3-6.7b", "a100-40gb:8", 8)
+    with pytest.raises(DoesNotFitError) as raised:
+        search(inputs, Constraints(fixed=Fixed(zero_stage=0, tensor_parallel=1, pipeline_parallel=1)))
+    assert any(repair.startswith("--zero-stage ") and "a step of" in repair for repair in raised.value.repairs)
+
+
+def test_time_limit_gives_the_best_found_with_its_gap():
+    inputs = inputs_of("gpt3", "a100-80gb:1024", 1536)
+    plan = search(inputs, Constraints(time_limit_seconds=0.5))
+    assert plan.solver.status == "time limit"
+    assert 0 < plan.solver.gap_fraction < 1
+    assert plan.solver.bound_seconds < plan.solver.objective_seconds
+    assert fits(plan.predictions)
+
+
+def test_shared_cores_are_walked_and_the_gap_is_said():
+    inputs = inputs_of("tiny-gpt", "cpu:4", 8, 128, precision="fp32")
+    plan = search(inputs)
+    assert plan.solver.objective_seconds == pytest.approx(plan.predictions.time.step_seconds)
+    assert plan.solver.status.startswith("not proven") and plan.solver.bound_seconds <= plan.solver.objective_seconds
