@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planner.activations import Shape, shape_of
 from planner.graph import LayerKind
 from planner.memory import (
     batch_bytes,
@@ -15,6 +14,7 @@ from planner.memory import (
     state_bytes,
 )
 from planner.plan import Decisions, Inputs, Recompute, block_levels, has_embedding, has_head
+from planner.shapes import Shape, shape_of
 
 
 class Term(NamedTuple):
@@ -33,15 +33,16 @@ def kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     terms = [Term("block input", rows, shape.row, per, "the first norm's input, needed for its gradient, and all that full recomputation keeps")]
     if level == "full":
         return terms
-    terms.append(Term("attention norm's statistics", "R·8 or R·4", shape.stats, per, "mean and deviation of each row (LayerNorm), or deviation only (RMSNorm)"))
+    stats = "mean and deviation of each row (LayerNorm), or deviation only (RMSNorm)"
+    terms.append(Term("attention norm's statistics", "R·2·e or R·4", shape.stats, per, stats))
     if level == "none":
         terms.append(Term("attention norm's output", rows, shape.row, per, "input of the query, key and value projections; selective recomputes it"))
     terms += [
         Term("query, key, value", "T·(a + 2k)·d·e / t", shape.qkv, per, "inputs of the attention; its scores are never stored"),
         Term("attention output", "T·a·d·e / t", shape.query, per, "input of the output projection"),
-        Term("attention's log-sum-exp", "T·a·4 / t", shape.head_stats, per, "one fp32 per token and head, from which the backward pass makes the scores again"),
+        Term("attention's log-sum-exp", "T·a·4 / t", shape.head_stats, per, "one fp32 per token and head: the scores again, in the backward pass"),
         Term("MLP input", rows, shape.row, per, "the second norm's input"),
-        Term("MLP norm's statistics", "R·8 or R·4", shape.stats, per, "as above"),
+        Term("MLP norm's statistics", "R·2·e or R·4", shape.stats, per, "as above"),
     ]
     if level == "none":
         terms.append(Term("MLP norm's output", rows, shape.row, per, "input of the first projection; selective recomputes it"))
@@ -71,15 +72,16 @@ def explain_memory(inputs: Inputs, decisions: Decisions) -> list[Term]:
     def sharded(from_stage: int) -> str:
         return f" / {shards} (ZeRO-{decisions.zero_stage})" if decisions.zero_stage >= from_stage and shards > 1 else ""
 
+    each = "parameter on this GPU"
     copies = {"mixed-bf16": "fp32 weights, first and second moment", "fp32": "first and second moment", "bf16": "first and second moment, in bf16"}
     terms = [
-        Term("weights", f"{per_parameter.weights} B x {count:,}{sharded(3)}", need.weights_bytes, "parameter on this GPU", f"{inputs.training.precision}"),
-        Term("gradients", f"{per_parameter.gradients} B x {count:,}{sharded(2)}", need.gradients_bytes, "parameter on this GPU", "as wide as the weights"),
+        Term("weights", f"{per_parameter.weights} B x {count:,}{sharded(3)}", need.weights_bytes, each, inputs.training.precision),
+        Term("gradients", f"{per_parameter.gradients} B x {count:,}{sharded(2)}", need.gradients_bytes, each, "as wide as the weights"),
         Term(
             "optimizer",
             f"{per_parameter.optimizer} B x {count:,}{sharded(1)}",
             need.optimizer_bytes,
-            "parameter on this GPU",
+            each,
             copies[inputs.training.precision] if inputs.training.optimizer == "adam" else "fp32 weights",
         ),
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from planner.activations import LayerActivations, Peak, layer_activations, shape_of
+from planner.activations import LayerActivations, Peak, layer_activations
 from planner.graph import LayerKind
 from planner.megatron_memory import megatron_activations
 from planner.model import ModelSpec
@@ -30,6 +30,7 @@ from planner.plan import (
     has_head,
 )
 from planner.schedule import Actions, compute_actions
+from planner.shapes import shape_of
 
 OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
 """Elements that the executor's optimizer updates at a time."""
@@ -216,7 +217,7 @@ def stage_needs(inputs: Inputs, decisions: Decisions, stage: Stage) -> StageNeed
     for kind in ("embedding", "block", "head"):
         number = sum(1 for name, _ in kinds if name == kind)
         if number:
-            for index, size in enumerate(layer_states(inputs, decisions, kind, tied_copy=apart)):  # type: ignore[arg-type]
+            for index, size in enumerate(layer_states(inputs, decisions, kind, tied_copy=apart)):
                 states[index] += number * size
     received = 0 if last else boundary_bytes(inputs, decisions)
     needs = {

@@ -1,12 +1,12 @@
 import pytest
 
-from planner.activations import shape_of
 from planner.cluster import load_cluster
 from planner.defaults import Fixed, complete
 from planner.explain import explain_memory, kept_terms
 from planner.memory import layer_needs
 from planner.model import load_model
 from planner.plan import Training
+from planner.shapes import shape_of
 
 
 @pytest.mark.parametrize("model", ["gpt3-6.7b", "llama-3-8b"])

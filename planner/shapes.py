@@ -1,0 +1,165 @@
+"""Sizes of the tensors that a model's layers handle on one rank, and the tape on which they are added up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from planner.model import ModelSpec
+from planner.plan import Decisions, Inputs
+
+
+class Tape:
+    """Live bytes: activations, and the buffers (gathered weights, gradients before their reduction) beside them."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.buffers = 0
+        self.peak = 0
+        self.peak_buffers = 0
+
+    def take(self, size: int) -> None:
+        self.live += size
+        self._see()
+
+    def give(self, size: int) -> None:
+        self.live -= size
+
+    def take_buffer(self, size: int) -> None:
+        self.buffers += size
+        self._see()
+
+    def give_buffer(self, size: int) -> None:
+        self.buffers -= size
+
+    @contextmanager
+    def during(self, size: int) -> Iterator[None]:
+        """`size` bytes live inside the block."""
+        self.take(size)
+        yield
+        self.give(size)
+
+    def _see(self) -> None:
+        if self.live + self.buffers > self.peak + self.peak_buffers:
+            self.peak, self.peak_buffers = self.live, self.buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes in bytes of the tensors that the layers of a model handle on one rank, per micro-batch."""
+
+    row: int
+    """R·h·e: an activation between layers."""
+    whole: int
+    """T·h·e."""
+    query: int
+    """T·(a/t)·d·e, and of the keys (and of the values) in `key`."""
+    key: int
+    inner: int
+    """T·(f/t)·e: the input of the MLP's second linear."""
+    up: int
+    """The output of its first: as `inner`, or twice that with a gate."""
+    rows: int
+    """R, and T in `tokens`."""
+    tokens: int
+    vocabulary: int
+    """V/t rows of the table on this rank."""
+    head_stats: int
+    """T·(a/t)·4: attention's fp32 log-sum-exp."""
+    rotated: int
+    """Bytes of half of the rotated query and key heads."""
+    rope: int
+    """S·d/2: elements of a rotary table; 0 without rotary positions."""
+    e: int
+    hidden: int
+    layernorm: bool
+    gated: bool
+    relu: bool
+    biases: bool
+    split: bool
+    """Whether t > 1."""
+    sequence_parallel: bool
+    positions: bool
+    embedding_norm: bool
+    final_norm: bool
+    weights_buffer: int = 0
+    """Gathered weights of the layer at hand, under ZeRO-3."""
+    gradients_buffer: int = 0
+    """Its gradients before they are reduced, under ZeRO-2 and 3; those of a vocabulary table apart in `table_buffer`."""
+    table_buffer: int = 0
+
+    @property
+    def qkv(self) -> int:
+        return self.query + 2 * self.key
+
+    @property
+    def row32(self) -> int:
+        """An fp32 copy of a row tensor."""
+        return self.row // self.e * 4
+
+    @property
+    def stats(self) -> int:
+        """A norm's statistics."""
+        return self.rows * (2 * self.e if self.layernorm else 4)
+
+    @property
+    def gains(self) -> int:
+        """The gradients of a norm's parameters."""
+        return self.hidden * (2 * self.e if self.layernorm else 4)
+
+    @property
+    def gathered(self) -> int:
+        """The buffer of a gather of rows; 0 without sequence parallelism, which needs none."""
+        return self.whole if self.sequence_parallel else 0
+
+
+def shape_of(inputs: Inputs, decisions: Decisions, buffers: tuple[int, int, int] = (0, 0, 0)) -> Shape:
+    """The sizes for a plan; `decisions.stages` is not read."""
+    return _shape(
+        inputs.model,
+        decisions.tensor_parallel,
+        decisions.sequence_parallel,
+        decisions.micro_batch_size * inputs.training.sequence_length,
+        inputs.training.sequence_length,
+        4 if inputs.training.precision == "fp32" else 2,
+        buffers,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(model: ModelSpec, t: int, sequence_parallel: bool, tokens: int, length: int, e: int, buffers: tuple[int, int, int]) -> Shape:
+    rows = tokens // t if sequence_parallel else tokens
+    heads = model.num_attention_heads // t
+    key_heads = max(model.num_key_value_heads // t, 1)
+    inner = tokens * (model.ffn_hidden_size // t) * e
+    rope = model.position_embedding == "rope"
+    return Shape(
+        row=rows * model.hidden_size * e,
+        whole=tokens * model.hidden_size * e,
+        query=tokens * heads * model.head_dim * e,
+        key=tokens * key_heads * model.head_dim * e,
+        inner=inner,
+        up=inner * (2 if model.gated_ffn else 1),
+        rows=rows,
+        tokens=tokens,
+        vocabulary=-(-model.vocab_size // t),
+        head_stats=tokens * heads * 4,
+        rotated=tokens * (heads + key_heads) * (model.head_dim // 2) * e if rope else 0,
+        rope=length * (model.head_dim // 2) if rope else 0,
+        e=e,
+        hidden=model.hidden_size,
+        layernorm=model.norm == "layernorm",
+        gated=model.gated_ffn,
+        relu=model.activation == "relu",
+        biases=model.mlp_bias,
+        split=t > 1,
+        sequence_parallel=sequence_parallel,
+        positions=model.num_position_embeddings > 0,
+        embedding_norm=model.embedding_norm,
+        final_norm=model.final_norm,
+        weights_buffer=buffers[0],
+        gradients_buffer=buffers[1],
+        table_buffer=buffers[2],
+    )
