@@ -108,8 +108,8 @@ def main() -> None:
         spent = time.process_time() - start
         text = f"{shown(every[0], best)}, {every[1]} tried, {spent:.1f} CPU s" if every else "too many"
         print(
-            f"| {name}, {cluster}, {fraction:.0%} | {tp}, {pp}, {micro}, {schedule} | {best:.4f} | {max(0.0, 1 - solution.bound / best):.1e} | {took:.2f} "
-            f"| {text} | {shown(greedy_seconds(pipeline), best)} | {shown(even(pipeline), best)} |",
+            f"| {name}, {cluster}, {fraction:.0%} | {tp}, {pp}, {micro}, {schedule} | {best:.4f} "
+            f"| {max(0.0, 1 - solution.bound / best):.1e} | {took:.2f} | {text} | {shown(greedy_seconds(pipeline), best)} | {shown(even(pipeline), best)} |",
             flush=True,
         )
     print("\n| whole search | candidates | solved as ILPs | step s | gap | CPU s |\n| --- | --- | --- | --- | --- | --- |")
@@ -121,7 +121,8 @@ def main() -> None:
         took = time.process_time() - start
         seconds = outcome.best.seconds if outcome.best else math.nan
         gap = max(0.0, 1 - outcome.bound / seconds)
-        print(f"| {name} on {cluster}, batch {batch} | {outcome.num_candidates} | {outcome.num_solved} | {seconds:.3f} | {gap:.1e} | {took:.1f} |", flush=True)
+        counts = f"{outcome.num_candidates} | {outcome.num_solved}"
+        print(f"| {name} on {cluster}, batch {batch} | {counts} | {seconds:.3f} | {gap:.1e} | {took:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
             fitting.append(plan)
     fitting.sort(key=lambda item: item[0])
     chosen: dict[tuple[str, object], tuple[float, Decisions]] = {}
-    for seconds, plan in fitting:
-        for key in _differences(best.decisions, plan):
-            chosen.setdefault(key, (seconds, plan))
+    for found_seconds, other in fitting:
+        for key in _differences(best.decisions, other):
+            chosen.setdefault(key, (found_seconds, other))
     kept = list(dict.fromkeys([*fitting[:2], *sorted(chosen.values(), key=lambda item: item[0])]))[: constraints.num_runners_up]
     found = [
         RunnerUp(

@@ -185,7 +185,7 @@ def test_constraints_are_kept():
     assert free.tensor_parallel > 1 and free.zero_stage > 0
     with pytest.raises(InputError, match="tensor"):
         search(inputs, Constraints(fixed=Fixed(tensor_parallel=3)))
-    with pytest.raises(InputError, match="it must be|must be the 8 GPUs|must divide"):
+    with pytest.raises(InputError, match=r"it must be|must be the 8 GPUs|must divide"):
         search(inputs, Constraints(fixed=Fixed(tensor_parallel=2, pipeline_parallel=2, data_parallel=4)))
     with pytest.raises(InputError, match="forbidden"):
         search(inputs, Constraints(forbidden=(("colour", 1),)))
