@@ -107,11 +107,17 @@ def main() -> None:
         every = enumerated(pipeline)
         spent = time.process_time() - start
         text = f"{shown(every[0], best)}, {every[1]} tried, {spent:.1f} CPU s" if every else "too many"
-        print(
-            f"| {name}, {cluster}, {fraction:.0%} | {tp}, {pp}, {micro}, {schedule} | {best:.4f} "
-            f"| {max(0.0, 1 - solution.bound / best):.1e} | {took:.2f} | {text} | {shown(greedy_seconds(pipeline), best)} | {shown(even(pipeline), best)} |",
-            flush=True,
-        )
+        cells = [
+            f"{name}, {cluster}, {fraction:.0%}",
+            f"{tp}, {pp}, {micro}, {schedule}",
+            f"{best:.4f}",
+            f"{max(0.0, 1 - solution.bound / best):.1e}",
+            f"{took:.2f}",
+            text,
+            shown(greedy_seconds(pipeline), best),
+            shown(even(pipeline), best),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print("\n| whole search | candidates | solved as ILPs | step s | gap | CPU s |\n| --- | --- | --- | --- | --- | --- |")
     for name, cluster, batch in (("gpt3-13b", "a100-80gb:64", 256), ("llama-2-70b", "a100-80gb:128", 256), ("gpt3", "a100-80gb:1024", 1536)):
         training = Training(global_batch_size=batch, sequence_length=2048)

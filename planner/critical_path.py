@@ -131,7 +131,7 @@ def graph(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_mi
     lists = [_with_tail(schedule, ranks, rank, actions, num_microbatches) for rank, actions in
              enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, num_microbatches))]
     numbers: dict[Key, int] = {}
-    place: dict[tuple[str, int, int], int] = {}
+    place = {kind: [-1] * (len(ranks) * num_microbatches) for kind in "FBI"}  # by stage and micro-batch
     key_of: list[int] = []
     previous: list[int] = []
     needs: list[int] = []
@@ -145,17 +145,17 @@ def graph(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_mi
             position = positions[rank]
             while position < len(actions):
                 kind, stage, microbatch = actions[position]
-                need, sent = -1, -1
-                source = stage - 1 if kind == "F" else stage + 1
-                if kind in "FBI" and 0 <= source <= last_stage:
-                    found = place.get((kind, source, microbatch))
-                    if found is None:
-                        break
-                    need = found
-                    if ranks[source] != ranks[stage]:
-                        sent = numbers.setdefault(("SEND_F" if kind == "F" else "SEND_B", source), len(numbers))
+                need, sent, known = -1, -1, place.get(kind)
+                if known is not None:
+                    source = stage - 1 if kind == "F" else stage + 1
+                    if 0 <= source <= last_stage:
+                        need = known[source * num_microbatches + microbatch]
+                        if need < 0:
+                            break
+                        if ranks[source] != ranks[stage]:
+                            sent = numbers.setdefault(("SEND_F" if kind == "F" else "SEND_B", source), len(numbers))
+                    known[stage * num_microbatches + microbatch] = len(key_of)
                 index = len(key_of)
-                place[kind, stage, microbatch] = index
                 key_of.append(numbers.setdefault((kind, stage), len(numbers)))
                 previous.append(last[rank])
                 needs.append(need)

@@ -111,10 +111,10 @@ def compare(shape, seed, solver=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_optimum_equals_enumeration(shape):
     fitting = 0
-    for seed in range(24):
+    for seed in range(14):
         if random_pipeline(random.Random(f"{shape} {seed}"), shape).num_layers <= 8:
             fitting += compare(shape, seed)
-    assert fitting >= 3, "too few of the instances fit to say anything"
+    assert fitting >= 2, "too few of the instances fit to say anything"
 
 
 @pytest.mark.slow
