@@ -78,7 +78,7 @@ class Efficiency(Document, kw_only=True):
     """Standard deviation of a node's time for a step, as a share of it: a step waits for the slowest node."""
     time_scale: float = 1.0
     """Fitted: measured over predicted compute time on this cluster. 1 where nothing was fitted."""
-    layer_scale: dict[str, float] = {}
+    layer_scale: dict[str, float] = msgspec.field(default_factory=dict)
     """Fitted: the same by layer and pass ("block.forward", "head.backward"), on top; 1 for those not named."""
     optimizer_scale: float = 1.0
     """Fitted: the same for the optimizer's step."""

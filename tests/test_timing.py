@@ -143,7 +143,7 @@ def test_every_model_on_every_cluster_has_a_time(hardware):
         for profile in ("meshwright", "megatron"):
             inputs, decisions = case(name, machine, dp=machine.num_gpus, m=2, sequence_length=128, profile=profile)
             time = predict_time(inputs, decisions).time
-            assert 0 < time.step_seconds < 1e5
+            assert 0 < time.step_seconds < 1e7
             assert 0 < time.model_flops_utilization < 0.95
             assert time.step_seconds_interval[0] < time.step_seconds < time.step_seconds_interval[1]
 
