@@ -26,7 +26,8 @@ def _tensor_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> floa
 
     Under sequence parallelism each sum is a reduce-scatter with an all-gather beside it, of the same bytes together, and the
     backward pass gathers the inputs of its two column-parallel linears once more (Korthikanti et al. 2022, section 4.2.2).
-    Full recomputation repeats the forward pass.
+    Full recomputation repeats the forward pass. Once a step (every micro-batch with ZeRO-2 and 3) the gradients are summed of what
+    several ranks hold: norms and biases under sequence parallelism, and key-value heads that are fewer than the ranks.
     """
     t = decisions.tensor_parallel
     if t == 1:
@@ -47,8 +48,14 @@ def _tensor_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> floa
         total += 3 * 2 * share * tokens * 4
         total += (3 if decisions.sequence_parallel else 2) * activations
     total *= m
+    reductions = m if decisions.zero_stage >= 2 and decisions.data_parallel > 1 else 1
+    width = state_bytes(inputs.training.precision, inputs.training.optimizer).gradients
     if decisions.sequence_parallel:
-        total += 2 * share * _replicated_parameters(inputs, stage) * state_bytes(inputs.training.precision, "adam").gradients
+        total += reductions * 2 * share * _replicated_parameters(inputs, stage) * width
+    copies = t // model.num_key_value_heads
+    if copies > 1:
+        heads = 2 * model.head_dim * (model.hidden_size + (1 if model.qkv_bias else 0))
+        total += reductions * len(block_levels(stage, model)) * 2 * (copies - 1) / copies * heads * width
     return total
 
 
