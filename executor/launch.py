@@ -261,12 +261,14 @@ def collect(
     if offsets is None:
         return None
     timeline = _timeline(gathered, [offset.nanoseconds for offset in offsets], "rehearsed" if rehearsed else "measured")
-    bubbles, busy = bubble_fractions(timeline), busy_seconds(timeline)
+    places = [coordinates_of(rank, plan.decisions) for rank in range(mesh.world_size)]
+    pipelines = {rank: (place["dp"], place["tp"]) for rank, place in enumerate(places)}
+    bubbles, busy = bubble_fractions(timeline, pipelines), busy_seconds(timeline)
     actions_file = Path(actions_path(output)).name if output else None
     ranks = tuple(
         RunRank(
             rank=rank,
-            coordinates=Coordinates(**coordinates_of(rank, plan.decisions)),
+            coordinates=Coordinates(**places[rank]),
             memory=item["memory"],
             bubble_fraction=bubbles[rank],
             busy_seconds=busy[rank],
@@ -295,7 +297,7 @@ def collect(
     seconds = statistics.median(timed)
     summary = Summary(
         step_seconds=seconds,
-        bubble_fraction=bubble_fraction(timeline),
+        bubble_fraction=bubble_fraction(timeline, pipelines),
         peak_bytes=max(item.memory.total_bytes for item in ranks),
         tokens_per_second=num_tokens / seconds,
     )

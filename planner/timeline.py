@@ -6,7 +6,7 @@ One bubble formula, one trace writer and one picture serve both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from planner.documents import Document
@@ -114,9 +114,10 @@ def _local_dependency(action: Action, last_stage: int) -> Action | None:
     return None
 
 
-def window(timeline: Timeline) -> tuple[float, float]:
-    """The pipeline phase of the step: from the first compute action's start to the last one's end, over all ranks."""
-    compute = [event for event in timeline.events if event.kind in COMPUTE_KINDS]
+def window(timeline: Timeline, ranks: Iterable[int] | None = None) -> tuple[float, float]:
+    """The pipeline phase of the step: from the first compute action's start to the last one's end, over all ranks or those given."""
+    among = None if ranks is None else frozenset(ranks)
+    compute = [event for event in timeline.events if event.kind in COMPUTE_KINDS and (among is None or event.rank in among)]
     if not compute:
         return (0.0, 0.0)
     return min(event.start for event in compute), max(event.end for event in compute)
@@ -131,20 +132,27 @@ def busy_seconds(timeline: Timeline) -> dict[int, float]:
     return busy
 
 
-def bubble_fractions(timeline: Timeline) -> dict[int, float]:
+def bubble_fractions(timeline: Timeline, pipeline_of: Mapping[int, object] | None = None) -> dict[int, float]:
     """Idle time over total time of each rank within the pipeline phase; waiting for a message is idle.
 
-    For equal stages without communication GPipe and 1F1B give (p - 1) / (m + p - 1) (Narayanan et al. 2021,
+    Where a timeline holds several pipelines (the replicas of data parallelism), `pipeline_of` says which one a rank belongs to, and
+    the phase is that of its own: replicas need not start at the same moment. For equal stages without communication GPipe and 1F1B give (p - 1) / (m + p - 1) (Narayanan et al. 2021,
     section 2.2, as a share of the whole), and naive model parallelism 1 - 1/p.
     """
-    first, last = window(timeline)
-    span = last - first
-    return {rank: (1.0 - busy / span if span > 0 else 0.0) for rank, busy in busy_seconds(timeline).items()}
+    spans: dict[object, float] = {}
+    for pipeline in {pipeline_of[rank] if pipeline_of else None for rank in timeline.ranks}:
+        first, last = window(timeline, [rank for rank in timeline.ranks if pipeline_of is None or pipeline_of[rank] == pipeline])
+        spans[pipeline] = last - first
+    fractions = {}
+    for rank, busy in busy_seconds(timeline).items():
+        span = spans[pipeline_of[rank] if pipeline_of else None]
+        fractions[rank] = 1.0 - busy / span if span > 0 else 0.0
+    return fractions
 
 
-def bubble_fraction(timeline: Timeline) -> float:
+def bubble_fraction(timeline: Timeline, pipeline_of: Mapping[int, object] | None = None) -> float:
     """The mean over the ranks."""
-    fractions = bubble_fractions(timeline)
+    fractions = bubble_fractions(timeline, pipeline_of)
     return sum(fractions.values()) / len(fractions) if fractions else 0.0
 
 

@@ -111,3 +111,13 @@ def test_busy_time_and_trace() -> None:
     trace = json.loads(chrome_trace([timeline]))
     spans = [row for row in trace["traceEvents"] if row["ph"] == "X"]
     assert len(spans) == len(timeline.events) and {row["pid"] for row in spans} == {0, 1}
+
+
+def test_replicas_that_start_apart_keep_their_own_bubble() -> None:
+    from planner.timeline import Timeline
+
+    one = simulate(actions("1F1B", 2, 1, 4), unit, lambda action: 0.0)
+    late = tuple(event._replace(rank=event.rank + 2, start=event.start + 100, end=event.end + 100) for event in one.events)
+    both = Timeline(source="measured", events=one.events + late)
+    assert bubble_fraction(both) > 0.8
+    assert bubble_fraction(both, {0: "a", 1: "a", 2: "b", 3: "b"}) == pytest.approx(bubble_fraction(one))

@@ -133,7 +133,7 @@ def pipeline(plan: Plan, run: Run | None, simulated: Timeline | None, measured: 
         chosen = _one_replica(run, measured)
         shown = Timeline(source=measured.source, events=tuple(event for event in measured.events if event.rank in chosen))
         words = MEASURED_WORDS.get(measured.source, measured.source)
-        lanes.append(Lane(f"{words}, last step (bubble {percent(bubble_fraction(measured))})", _from_zero(shown), chosen))
+        lanes.append(Lane(f"{words}, last step (bubble {percent(bubble_fraction(shown))})", _from_zero(shown), chosen))
     if not lanes:
         return None
     figure, complete = figures.gantt_figure(lanes)
