@@ -19,7 +19,8 @@ from typing import Any
 from planner.accuracy import Accuracy, accuracy
 from planner.documents import Document, parse_json, read_text
 from planner.errors import InputError, MeshwrightError
-from planner.memory import predict_memory
+from planner.framework_memory import facts as memory_facts
+from planner.published_memory import ran_out_of_memory, row_memory
 from planner.rows import Case, Measured, NotExpressible, case_of, measured_of
 from planner.timing import predict_time, zero_bubble_2p_seconds
 
@@ -30,11 +31,15 @@ class PredictedFigures(Document, kw_only=True):
     step_seconds: float | None = None
     step_seconds_interval: tuple[float, float] | None = None
     peak_bytes: float | None = None
+    """As the tool of the row's source would report it."""
+    fits: bool | None = None
+    """Whether its GPU has that much memory."""
 
 
 class MeasuredFigures(Document, kw_only=True):
     step_seconds: float | None = None
     peak_bytes: float | None = None
+    ran_out_of_memory: bool = False
 
 
 class ValidationRow(Document, kw_only=True):
@@ -53,6 +58,15 @@ class ValidationRow(Document, kw_only=True):
     """Whether the source gives all that a step time needs; only then does the row count in the means."""
 
 
+class MemoryFit(Document, kw_only=True):
+    """Runs of known fate against the prediction whether they fit: those that ran out of memory, and those whose memory was measured."""
+
+    out_of_memory_runs: int = 0
+    out_of_memory_caught: int = 0
+    fitting_runs: int = 0
+    fitting_refused: int = 0
+
+
 class GroupErrors(Document, kw_only=True):
     """Errors of the counted rows of one group, as fractions."""
 
@@ -65,8 +79,11 @@ class GroupErrors(Document, kw_only=True):
     interval_coverage: float | None
     """Share of the rows whose measured time lies in their 80 % interval."""
     memory_mean_abs_error: float | None
+    memory_calibrated: bool = False
+    """Whether a constant of the memory of programs was fitted to this group."""
     rank_correlation: float | None
     """Spearman's, of predicted and measured tokens per GPU-second, where at least 3 rows can be compared."""
+    memory_fit: MemoryFit = MemoryFit()
 
 
 class ErrorMeans(Document, kw_only=True):
@@ -87,6 +104,7 @@ class ValidationSummary(Document, kw_only=True):
     memory_mean_abs_error: float | None
     untouched: ErrorMeans
     calibrated: ErrorMeans
+    memory_fit: MemoryFit = MemoryFit()
 
 
 class Validation(Document, kw_only=True):
@@ -131,8 +149,9 @@ def validate(rows: Iterable[Any] | None = None) -> Validation:
         num_groups=len(groups),
         step_time_mean_abs_error=everything.step_time_mean_abs_error,
         memory_mean_abs_error=everything.memory_mean_abs_error,
-        untouched=_means([group for group in timed if not group.calibrated]),
-        calibrated=_means([group for group in timed if group.calibrated]),
+        memory_fit=_memory_fit(done),
+        untouched=_means([group for group in timed if not group.calibrated], [group for group in timed if not group.memory_calibrated]),
+        calibrated=_means([group for group in timed if group.calibrated], [group for group in timed if group.memory_calibrated]),
     )
     return Validation(rows=done, groups=groups, summary=summary)
 
@@ -142,12 +161,12 @@ def predict_row(row: Any) -> PredictedFigures:
     case = case_of(row)
     try:
         seconds, interval = _step_seconds(case)
-        peak = _peak_bytes(case)
+        memory = row_memory(row, case)
     except (MeshwrightError, ArithmeticError, ValueError, LookupError, TypeError) as error:
         raise NotExpressible(f"no prediction: {error}") from None
     if not (math.isfinite(seconds) and seconds > 0):
         raise NotExpressible("no prediction: the numbers of the row are out of range")
-    return PredictedFigures(step_seconds=seconds, step_seconds_interval=interval, peak_bytes=peak)
+    return PredictedFigures(step_seconds=seconds, step_seconds_interval=interval, peak_bytes=memory.reported, fits=memory.fits)
 
 
 def _step_seconds(case: Case) -> tuple[float, tuple[float, float]]:
@@ -160,10 +179,6 @@ def _step_seconds(case: Case) -> tuple[float, tuple[float, float]]:
         seconds = predict_time(case.inputs, case.decisions, case.software).time.step_seconds or 0.0
     low, high = accuracy().step_seconds_interval
     return seconds, (low * seconds, high * seconds)
-
-
-def _peak_bytes(case: Case) -> float | None:
-    return float(max(memory.total_bytes for memory in predict_memory(case.inputs, case.decisions)))
 
 
 def _row(row: Any, index: int, facts: Accuracy) -> ValidationRow:
@@ -179,7 +194,9 @@ def _row(row: Any, index: int, facts: Accuracy) -> ValidationRow:
         id=name,
         group=group,
         predicted=predicted,
-        measured=MeasuredFigures(step_seconds=measured.step_seconds, peak_bytes=measured.peak_bytes),
+        measured=MeasuredFigures(
+            step_seconds=measured.step_seconds, peak_bytes=measured.peak_bytes, ran_out_of_memory=ran_out_of_memory(row)
+        ),
         step_time_error_fraction=_error(predicted.step_seconds, measured.step_seconds),
         memory_error_fraction=_error(predicted.peak_bytes, measured.peak_bytes),
         why_not=why_not,
@@ -206,6 +223,8 @@ def _group(name: str, rows: Sequence[ValidationRow]) -> GroupErrors:
         step_time_worst_error=max(errors, key=abs, default=None),
         interval_coverage=_mean([float(_inside(row)) for row in timed]),
         memory_mean_abs_error=_mean(memory),
+        memory_calibrated=name in memory_facts().calibrated,
+        memory_fit=_memory_fit(rows),
         rank_correlation=spearman([a or 0.0 for a, _ in pairs], [b or 0.0 for _, b in pairs]) if len(pairs) > 2 else None,
     )
 
@@ -215,9 +234,24 @@ def _inside(row: ValidationRow) -> bool:
     return low <= (row.measured.step_seconds or 0.0) <= high
 
 
-def _means(groups: Sequence[GroupErrors]) -> ErrorMeans:
+def _memory_fit(rows: Sequence[ValidationRow]) -> MemoryFit:
+    known = [row for row in rows if row.predicted.fits is not None]
+    failed = [row for row in known if row.measured.ran_out_of_memory]
+    fitted = [row for row in known if row.measured.peak_bytes is not None and not row.measured.ran_out_of_memory]
+    return MemoryFit(
+        out_of_memory_runs=len(failed),
+        out_of_memory_caught=sum(not row.predicted.fits for row in failed),
+        fitting_runs=len(fitted),
+        fitting_refused=sum(not row.predicted.fits for row in fitted),
+    )
+
+
+def _means(groups: Sequence[GroupErrors], memory_groups: Sequence[GroupErrors] | None = None) -> ErrorMeans:
+    """Means over `groups`, those of memory over `memory_groups` where other groups were fitted to."""
+
     def over(name: str) -> float | None:
-        return _mean([value for value in (getattr(group, name) for group in groups) if value is not None])
+        chosen = memory_groups if name == "memory_mean_abs_error" and memory_groups is not None else groups
+        return _mean([value for value in (getattr(group, name) for group in chosen) if value is not None])
 
     return ErrorMeans(
         num_groups=len(groups),
