@@ -132,14 +132,12 @@ def test_recompute_levels_follow_the_counts() -> None:
     check(inputs, replace(decisions, stages=(first, decisions.stages[1])))
 
 
-def test_zero_3_with_a_split_backward_is_refused_by_name() -> None:
+def test_interleaving_without_several_stages_a_rank_is_refused_by_name() -> None:
     inputs, decisions = small(dp=2)
-    changed = replace(
-        decisions, zero_stage=3, schedule="ZBVZeroBubble", num_virtual_stages=2, stages=even_stages(inputs.model, "ZBVZeroBubble", 2, 2, "none")
-    )
-    with pytest.raises(InputError, match="ZBVZeroBubble"):
+    changed = replace(decisions, schedule="ZBVZeroBubble", stages=even_stages(inputs.model, "ZBVZeroBubble", 2, 2, "none"))
+    with pytest.raises(InputError, match="ZBVZeroBubble has exactly 2"):
         check(inputs, changed)
-    check(inputs, replace(changed, zero_stage=2))
+    check(inputs, replace(changed, num_virtual_stages=2, zero_stage=3))
 
 
 def test_the_hash_speaks_of_what_the_plan_does() -> None:
