@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -138,11 +139,15 @@ def layer_points(shape: Shape, device: torch.device, budget_seconds: float = 0.0
     """Forward and backward pass of the executor's stages: the embedding, one block, three blocks, the head."""
     tokens = shape.micro_batch_size * shape.sequence_length
     dtype = torch.float32 if shape.precision == "fp32" else torch.bfloat16
-    for kind, rank, sizes in (("embedding", 0, (1, 1, 1)), ("block", 1, (1, 1, 1)), ("block", 1, (1, 3, 1)), ("head", 2, (1, 1, 1))):
+    cuts: tuple[tuple[Literal["embedding", "block", "head"], int, tuple[int, ...]], ...] = (
+        ("embedding", 0, (1, 1, 1)), ("block", 1, (1, 1, 1)), ("block", 1, (1, 3, 1)), ("head", 2, (1, 1, 1)),
+    )  # fmt: skip
+    for kind, rank, sizes in cuts:
         compute, state = _stage_compute(shape, sizes, rank, device)
         activations = torch.randn(tokens, shape.model.hidden_size, device=device, dtype=dtype)
         gradient = torch.randn_like(activations) if rank < 2 else None
-        forward, backward = [], []
+        forward: list[float] = []
+        backward: list[float] = []
         until = time.perf_counter() + budget_seconds
         while len(forward) < 6 or (time.perf_counter() < until and len(forward) < 200):
             x = None if rank == 0 else activations.detach()

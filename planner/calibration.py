@@ -40,11 +40,11 @@ class MemoryPoint(NamedTuple):
 
 
 class LayerPoint(NamedTuple):
-    """`count` layers of a kind in one pass, without parallelism."""
+    """`num_layers` layers of a kind in one pass, without parallelism."""
 
     model: ModelSpec
     kind: LayerKind
-    count: int
+    num_layers: int
     micro_batch_size: int
     sequence_length: int
     precision: Precision
@@ -237,7 +237,7 @@ def _layer_ratio(cluster: ClusterSpec, point: LayerPoint) -> tuple[float, float]
     """Predicted over measured seconds of the forward and the backward pass."""
     inputs, decisions = _one_rank(cluster, point)
     found = layer_seconds(inputs, decisions, point.kind)
-    return point.count * found.forward / point.forward_seconds, point.count * found.backward / point.backward_seconds
+    return point.num_layers * found.forward / point.forward_seconds, point.num_layers * found.backward / point.backward_seconds
 
 
 def _layer_ratios(cluster: ClusterSpec, points: Iterable[LayerPoint]) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -19,6 +19,7 @@ from planner.errors import InputError
 from planner.model import ModelSpec
 
 SCHEMA = "meshwright.plan/1"
+T = TypeVar("T", bound=msgspec.Struct)
 
 ScheduleName = Literal["Naive", "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"]
 Recompute = Literal["none", "selective", "full"]
@@ -397,6 +398,6 @@ def make_stages(
     return tuple(stages)
 
 
-def replace(document: Any, **changes: Any) -> Any:
+def replace(document: T, **changes: Any) -> T:
     """A copy of a frozen document with some fields changed."""
     return msgspec.structs.replace(document, **changes)
