@@ -49,6 +49,11 @@ def main() -> int:
         print(f"{row['error']:+8.2%}  {row['measured']:>10,}  {row['dry_run']:>10,}  pp{row['pp']}  {row['name']}")
     errors = [abs(row["error"]) for row in rows]
     print(f"{len(rows)} ranks of {len({row['name'] for row in rows})} plans: median {statistics.median(errors):.2%}, worst {max(errors):.2%}")
+    heaviest = []
+    for name in {row["name"] for row in rows}:
+        ranks = [row for row in rows if row["name"] == name]
+        heaviest.append(abs(max(row["dry_run"] for row in ranks) / max(row["measured"] for row in ranks) - 1))
+    print(f"the heaviest rank of each plan: median {statistics.median(heaviest):.2%}, worst {max(heaviest):.2%}")
     if options.output:
         Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
     return 0

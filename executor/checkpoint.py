@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,15 +230,18 @@ def find_checkpoint(path: str, field: str = "--resume") -> Path:
     return found[-1][1]
 
 
+def _read(parts: list[Chunk], folder: Path) -> None:
+    """Fills the chunks from the checkpoint in `folder`."""
+    state = {chunk.key: chunk.tensor for chunk in parts}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=_Load(parts, str(folder)), no_dist=not dist.is_initialized())
+
+
 def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Stored tensors by name, each whole, in fp32."""
     parts = [Chunk(name, (0,) * len(shape), shape, torch.empty(shape)) for name, shape in shapes.items()]
-    dcp.load(
-        {chunk.key: chunk.tensor for chunk in parts},
-        storage_reader=dcp.FileSystemReader(folder),
-        planner=_Load(parts, str(folder)),
-        no_dist=True,
-    )
+    _read(parts, folder)
     return {chunk.name: chunk.tensor for chunk in parts}
 
 
@@ -250,12 +254,7 @@ def resume(trainer: Trainer, path: str) -> int:
     if state.seed != trainer.options.seed:
         raise InputError("--seed", trainer.options.seed, f"the checkpoint's run has seed {state.seed}, on which its data depend")
     parts = [chunk for optimizer in trainer.optimizers for chunk in chunks(optimizer, owned_only=False)]
-    dcp.load(
-        {chunk.key: chunk.tensor for chunk in parts},
-        storage_reader=dcp.FileSystemReader(folder),
-        planner=_Load(parts, str(folder)),
-        no_dist=not dist.is_initialized() or dist.get_world_size() == 1,
-    )
+    _read(parts, folder)
     for optimizer in trainer.optimizers:
         optimizer.num_steps.fill_(state.step)
         if optimizer.master is not None:

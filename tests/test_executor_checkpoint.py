@@ -13,8 +13,10 @@ from planner.plan import Plan
 from planner.run import load_run
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
+load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
 from executor.checkpoint import rectangles, steps_in  # noqa: E402
+from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
 
 
@@ -62,10 +64,13 @@ def test_resumed_exactly_and_under_another_plan(tmp_path: Path) -> None:
         assert max(abs(a - b) for a, b in zip(found, whole[2:], strict=True)) < 1e-5, name
 
 
-def test_a_checkpoint_of_another_model_or_seed_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path) -> None:
     plan = make_plan("tiny-gpt", "cpu:1", m=2, precision="fp32", sequence_length=16)
     saved = str(tmp_path / "saved")
     losses(plan, tmp_path, "one", "--steps", "1", "--checkpoint-every", "1", "--checkpoint-folder", saved)
+    assert export(["export", saved, str(tmp_path / "exported")]) == 0
+    weights = load_file(tmp_path / "exported" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == plan.inputs.model.num_parameters
     other = make_plan("tiny-llama", "cpu:1", m=2, precision="fp32", sequence_length=16)
     write_text(tmp_path / "other.json", dumps(other))
     for arguments, expected in (
