@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import parity  # noqa: E402
+import parity
 
-from executor.dry_run import dry_run_rank  # noqa: E402
+from executor.dry_run import dry_run_rank
 
 
 def measure(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

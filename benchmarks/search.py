@@ -97,7 +97,7 @@ def main() -> None:
         pipeline = Costs(inputs).pipeline(candidate, LEVELS)
         WHOLE = graph(schedule, pp, 1, degrees.num_microbatches)
         start = time.process_time()
-        solution = solve_pipeline(pipeline, WHOLE, deadline=time.monotonic() + 60)
+        solution = solve_pipeline(pipeline, WHOLE, deadline=time.monotonic() + 20)
         took = time.process_time() - start
         if solution.counts is None:
             print(f"| {name}, {cluster}, {fraction:.0%} | {tp}, {pp}, {micro}, {schedule} | nothing fits | | {took:.2f} | | | |", flush=True)
@@ -123,7 +123,7 @@ def main() -> None:
         training = Training(global_batch_size=batch, sequence_length=2048)
         inputs = Inputs(model=load_model(name), cluster=load_cluster(cluster), training=training)
         start = time.process_time()
-        outcome = explore(Costs(inputs), Constraints(time_limit_seconds=120.0))
+        outcome = explore(Costs(inputs), Constraints(time_limit_seconds=60.0))
         took = time.process_time() - start
         seconds = outcome.best.seconds if outcome.best else math.nan
         gap = max(0.0, 1 - outcome.bound / seconds)
