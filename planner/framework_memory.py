@@ -60,8 +60,9 @@ class MemoryProgram(Document, kw_only=True):
     """16-bit gradients beside the sums: none, those of the largest matrix, or a buffer for each shape of matrix, kept for good."""
     gathered_stages: bool = False
     """Whether with a pipeline ZeRO-3 keeps a stage's gathered weights and unreduced fp32 gradients from first to last micro-batch."""
-    stages: Literal["blocks", "flops"] = "blocks"
-    """What the pipeline's cut evens out: blocks, or the multiplications of blocks and head."""
+    stages: Literal["blocks", "last", "flops"] = "blocks"
+    """What the pipeline's cut evens out: blocks, as the plan's stages do; blocks, the last ranks with one more where they don't divide;
+    or the multiplications of blocks and head."""
     resident_bytes: float = 0
     """Held for good: workspaces and communication buckets."""
     source: str
@@ -168,10 +169,18 @@ def framework_memory(inputs: Inputs, decisions: Decisions, run: Run) -> tuple[Me
 
 
 def _cut(model: ModelSpec, decisions: Decisions, program: MemoryProgram) -> Decisions:
-    """The plan with the stages that the program cuts: a rank takes layers until it has its share of the multiplications."""
+    """The plan with the stages that the program cuts."""
     p = decisions.pipeline_parallel
     if program.stages == "blocks" or decisions.num_stages != p or p == 1:
         return decisions
+    sizes = _sizes_by_flops(model, p) if program.stages == "flops" else _sizes_from_the_last(model, p)
+    if 0 in sizes:
+        return decisions
+    return replace(decisions, stages=make_stages(sizes, [decisions.stages[0].recompute] * p, range(p)))  # type: ignore[no-any-return]
+
+
+def _sizes_by_flops(model: ModelSpec, p: int) -> list[int]:
+    """Layers of each rank, which takes them until it has its share of the multiplications."""
     costs = [0, *[model.attention_parameters + model.mlp_parameters] * model.num_layers, model.vocab_size * model.hidden_size]
     totals = list(itertools.accumulate(costs))
     sizes, rank = [0] * p, 0
@@ -179,9 +188,12 @@ def _cut(model: ModelSpec, decisions: Decisions, program: MemoryProgram) -> Deci
         sizes[rank] += 1
         if rank < p - 1 and total * p > totals[-1] * (rank + 1):
             rank += 1
-    if 0 in sizes:
-        return decisions
-    return replace(decisions, stages=make_stages(sizes, [decisions.stages[0].recompute] * p, range(p)))  # type: ignore[no-any-return]
+    return sizes
+
+
+def _sizes_from_the_last(model: ModelSpec, p: int) -> list[int]:
+    base, extra = divmod(model.num_layers, p)
+    return [base + (rank >= p - extra) + (rank == 0) + (rank == p - 1) for rank in range(p)]
 
 
 def _rows(inputs: Inputs, decisions: Decisions) -> float:

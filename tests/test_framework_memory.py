@@ -50,7 +50,7 @@ def row_of(group: str, part: str = "") -> dict:
         ("torchtitan_2024_12", 13, 0.049),
         ("torchtitan_h200_2025_06", 2, 0.052),
         ("nanotron_ultrascale", 24, 0.058),
-        ("internevo_memory", 11, 0.086),
+        ("internevo_memory", 11, 0.064),
     ],
 )
 def test_mean_error_of_each_group(group, least, limit):
@@ -179,7 +179,7 @@ def test_the_optimizers_step_may_be_the_peak():
     case = case_of(row_of("internevo_memory", "7B_4_tp1pp1_fsdp1"))
     (memory,) = framework_memory(case.inputs, case.decisions, Run(memory_program("internevo")))
     assert memory.activations_bytes == 0
-    assert memory.buffers_bytes == pytest.approx(12 * case.inputs.model.num_parameters / 4, rel=1e-6)
+    assert memory.buffers_bytes == pytest.approx(11 * case.inputs.model.num_parameters / 4, rel=1e-6)
 
 
 # what is read from a row
@@ -246,3 +246,20 @@ def test_odd_rows_are_predicted_all_the_same(changes):
     memory = row_memory(row, case_of(row))
     assert 0 < memory.reported < 1e15
     assert ran_out_of_memory(row) is False
+
+
+def test_internevo_gives_the_last_ranks_one_more():
+    """32 blocks over 5 ranks: 6, 6, 6, 7, 7."""
+    case = case_of(row_of("internevo_memory", "7B_5_tp1pp5_fsdp0"))
+    memories = framework_memory(case.inputs, case.decisions, Run(memory_program("internevo")))
+    model = case.inputs.model
+    ends = [model.embedding_parameters, 0, 0, 0, model.head_parameters]
+    blocks = [(memory.weights_bytes / 2 - end) / model.block_parameters for memory, end in zip(memories, ends, strict=True)]
+    assert blocks == pytest.approx([6, 6, 6, 7, 7])
+
+
+def test_every_run_with_measured_memory_is_accepted():
+    groups = {row["group"] for row in published_rows() if measured_of(row).peak_bytes}
+    ran = [(row["id"], memory) for name in groups for row, memory in predicted(name) if not ran_out_of_memory(row)]
+    assert len(ran) >= 254
+    assert [name for name, memory in ran if not memory.fits] == []
