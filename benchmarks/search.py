@@ -62,6 +62,8 @@ def greedy_seconds(pipeline: Pipeline) -> float | None:
 def enumerated(pipeline: Pipeline) -> tuple[float, int] | None:
     """The best of all cuts and recompute counts, and how many there were; None where there are too many."""
     blocks, stages = pipeline.runs[1].length, pipeline.num_stages
+    if math.comb(blocks + 1, stages - 1) > ENUMERATED:
+        return None
     cuts = [edges for edges in itertools.combinations(range(1, blocks + 2), stages - 1)]
     splits = [[(a, b, n - a - b) for a in range(n + 1) for b in range(n + 1 - a)] for n in range(blocks + 1)]
     numbers = []
