@@ -176,7 +176,7 @@ def _cut(model: ModelSpec, decisions: Decisions, program: MemoryProgram) -> Deci
     sizes = _sizes_by_flops(model, p) if program.stages == "flops" else _sizes_from_the_last(model, p)
     if 0 in sizes:
         return decisions
-    return replace(decisions, stages=make_stages(sizes, [decisions.stages[0].recompute] * p, range(p)))  # type: ignore[no-any-return]
+    return replace(decisions, stages=make_stages(sizes, [decisions.stages[0].recompute] * p, range(p)))
 
 
 def _sizes_by_flops(model: ModelSpec, p: int) -> list[int]:

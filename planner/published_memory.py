@@ -81,7 +81,7 @@ def _program(row: dict[str, Any], case: Case, text: str) -> MemoryProgram:
     year = source.get("year") if isinstance(source, dict) else None
     year = year if isinstance(year, int) else 2024
     if case.inputs.training.precision == "fp32":
-        return replace(memory_program(name), weights=4, gradients=4, optimizer=8, accumulation=0)  # type: ignore[no-any-return]
+        return replace(memory_program(name), weights=4, gradients=4, optimizer=8, accumulation=0)
     if name == "megatron-deepspeed":
         name = "deepspeed-2021" if year <= 2021 else "deepspeed-bf16" if "bf16" in str(row.get("precision")).lower() else name
     if name == "torchtitan" and "compile" in notes and "compile=false" not in notes:
