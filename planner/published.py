@@ -95,6 +95,8 @@ class ErrorMeans(Document, kw_only=True):
     step_time_mean_error: float | None
     interval_coverage: float | None
     memory_mean_abs_error: float | None
+    num_memory_groups: int = 0
+    """Groups that the memory's mean is over: whether constants were fitted to a group differs between time and memory."""
 
 
 class ValidationSummary(Document, kw_only=True):
@@ -250,8 +252,10 @@ def _means(groups: Sequence[GroupErrors], memory_groups: Sequence[GroupErrors] |
     """Means over `groups`, those of memory over `memory_groups` where other groups were fitted to."""
 
     def over(name: str) -> float | None:
-        chosen = memory_groups if name == "memory_mean_abs_error" and memory_groups is not None else groups
-        return _mean([value for value in (getattr(group, name) for group in chosen) if value is not None])
+        return _mean([value for value in (getattr(group, name) for group in groups) if value is not None])
+
+    memory = [group.memory_mean_abs_error for group in (groups if memory_groups is None else memory_groups)]
+    remembered = [error for error in memory if error is not None]
 
     return ErrorMeans(
         num_groups=len(groups),
@@ -259,7 +263,8 @@ def _means(groups: Sequence[GroupErrors], memory_groups: Sequence[GroupErrors] |
         step_time_mean_abs_error=over("step_time_mean_abs_error"),
         step_time_mean_error=over("step_time_mean_error"),
         interval_coverage=over("interval_coverage"),
-        memory_mean_abs_error=over("memory_mean_abs_error"),
+        memory_mean_abs_error=_mean(remembered),
+        num_memory_groups=len(remembered),
     )
 
 

@@ -12,7 +12,7 @@ from planner.megatron_memory import block_terms
 from planner.memory import in_flight
 from planner.model import load_model
 from planner.plan import replace
-from planner.published import published_rows
+from planner.published import published_rows, validate
 from planner.published_memory import RowMemory, memory_reader, ran_out_of_memory, row_memory
 from planner.rows import NotExpressible, case_of, measured_of
 from planner.software import presets as programs
@@ -263,3 +263,28 @@ def test_every_run_with_measured_memory_is_accepted():
     ran = [(row["id"], memory) for name in groups for row, memory in predicted(name) if not ran_out_of_memory(row)]
     assert len(ran) >= 254
     assert [name for name, memory in ran if not memory.fits] == []
+
+
+# the document
+
+
+def test_validation_counts_runs_by_their_fate():
+    parts = [("bloom_tuning", "GBS_Variations_181B_h14336_L72_a64_dp48tp8pp1"), ("bloom_tuning", "best_fp16_80gpu"), ("simumax_b200", "tp8")]
+    document = validate([row_of(group, part) for group, part in parts])
+    fit = document.summary.memory_fit
+    assert (fit.out_of_memory_runs, fit.out_of_memory_caught, fit.fitting_runs, fit.fitting_refused) == (1, 1, 2, 0)
+    assert document.rows[0].predicted.fits is False
+    assert document.rows[0].measured.ran_out_of_memory
+    by_name = {group.group: group for group in document.groups}
+    assert by_name["bloom_tuning"].memory_fit.out_of_memory_caught == 1
+    assert by_name["simumax_b200"].memory_fit.out_of_memory_runs == 0
+
+
+def test_memory_has_calibrated_groups_of_its_own():
+    names = set(facts().calibrated)
+    assert names <= {row["group"] for row in published_rows()}
+    document = validate([row_of("zero_bubble_table8"), row_of("nanotron_ultrascale"), row_of("torchtitan_2024_12")])
+    assert {group.group for group in document.groups if group.memory_calibrated} == {"nanotron_ultrascale"}
+    assert document.summary.untouched.num_memory_groups == 2
+    assert document.summary.calibrated.num_memory_groups == 1
+    assert document.summary.untouched.memory_mean_abs_error < 0.08

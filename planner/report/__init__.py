@@ -143,9 +143,12 @@ def validation_report(document: Validation) -> str:
         [
             ("Rows", f"{summary.num_rows:,}", f"{summary.num_groups} groups"),
             *(
-                (f"{name}, {kind}", percent(value), f"mean absolute error, {means.num_groups} groups")
+                (f"{name}, {kind}", percent(value), f"mean absolute error, {count} groups")
                 for kind, means in (("nothing fitted", summary.untouched), ("one constant fitted", summary.calibrated))
-                for name, value in (("Step time", means.step_time_mean_abs_error), ("Memory", means.memory_mean_abs_error))
+                for name, value, count in (
+                    ("Step time", means.step_time_mean_abs_error, means.num_groups),
+                    ("Memory", means.memory_mean_abs_error, means.num_memory_groups),
+                )
                 if value is not None
             ),
         ]
