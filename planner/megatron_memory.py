@@ -64,23 +64,19 @@ def block_terms(model: ModelSpec, sequence_length: int, tensor_parallel: int, se
 
 def megatron_activations(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> LayerActivations:
     """One layer on one rank, per micro-batch."""
-    model, training = inputs.model, inputs.training
-    t = decisions.tensor_parallel
-    shard = t if decisions.sequence_parallel else 1
-    tokens = decisions.micro_batch_size * training.sequence_length
-    h, q, kv, f = model.hidden_size, model.query_size, model.key_value_size, model.ffn_hidden_size
+    model = inputs.model
+    tokens = decisions.micro_batch_size * inputs.training.sequence_length
+    terms = block_terms(model, inputs.training.sequence_length, decisions.tensor_parallel, decisions.sequence_parallel)
     if kind == "embedding":
-        return _of(tokens * h / shard, 0.0)
+        return _of(tokens * terms.row / 2, 0.0)
     if kind == "head":
         # The logits in fp32 and the inputs of the final norm and of the projection live only while the head runs.
-        return _of(0.0, tokens * (4 * h / shard + 4 * model.vocab_size / t))
-    scores = 5 * model.num_attention_heads * training.sequence_length * tokens / t
-    attention = tokens * ((2 * h + h) / shard + (2 * q + 4 * kv + 2 * q) / t)
-    mlp = tokens * ((2 * h + (0 if model.gated_ffn else h)) / shard + (6 if model.gated_ffn else 4) * f / t)
-    norms = tokens * 4 * h / shard
-    block = attention + mlp + norms
+        return _of(0.0, tokens * (2 * terms.row + 4 * model.vocab_size / decisions.tensor_parallel))
+    masks = terms.masks / 2 if model.gated_ffn else terms.masks  # a gated MLP has no dropout
+    scores = tokens * terms.scores
+    block = tokens * (terms.rows + masks + terms.split)
     if recompute == "full":
-        return _of(2 * tokens * h / shard, block + scores)
+        return _of(tokens * terms.row, block + scores)
     if recompute == "selective":
         return _of(block, scores)
     return _of(block + scores, 0.0)
