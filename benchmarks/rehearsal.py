@@ -33,6 +33,7 @@ from planner.timeline import Event, Timeline, bubble_fraction, simulate
 
 SCHEDULES = (("Naive", 1), ("GPipe", 1), ("1F1B", 1), ("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 2))
 MODEL = replace(load_model("tiny-gpt"), name="tiny-gpt-38", num_layers=38)
+SHORTEST_ACTION_SECONDS = 0.008
 REFERENCE = replace(load_model("tiny-llama"), name="tiny-llama-22", num_layers=22)
 
 
@@ -68,11 +69,14 @@ def cases(num_ranks: int, microbatches: list[int]) -> list[Case]:
 
 
 def _uneven(schedule: str, num_ranks: int, virtual: int) -> Any:
-    """Stages whose sizes go 1, 3, 1, 3, ... times a unit, as far as the layers allow."""
+    """Every other stage has half the mean number of layers, at least 2 so that none is the embedding alone; the rest share what is left."""
     count, total = num_ranks * virtual, MODEL.num_layers + 2
-    weights = [1 if index % 2 == 0 else 3 for index in range(count)]
-    sizes = [max(1, total * weight // sum(weights)) for weight in weights]
-    sizes[-1] += total - sum(sizes)
+    small = max(2, total // (2 * count))
+    sizes = [small if index % 2 == 0 else 0 for index in range(count)]
+    large = [index for index in range(count) if index % 2]
+    for place, index in enumerate(large):
+        left = total - small * (count - len(large))
+        sizes[index] = left // len(large) + (place < left % len(large))
     return make_stages(sizes, ["none"] * count, stage_ranks(schedule, num_ranks, virtual))
 
 
@@ -88,10 +92,16 @@ def predicted(plan: Plan, lines: Script, costs: Costs) -> float:
     return bubble_fraction(timeline)
 
 
+def shortened(plan: Plan) -> Script:
+    """The script of `plan run --rehearse`, quicker: the shortest action takes SHORTEST_ACTION_SECONDS."""
+    usual = script(plan)
+    return script(plan, usual.scale * SHORTEST_ACTION_SECONDS / min(usual.seconds.values()))
+
+
 def rehearse(plan: Plan, steps: int) -> list[Timeline]:
     """On every rank; the timelines of the steps on rank 0."""
     mesh = make_mesh(plan.decisions, dist.get_rank(), timeout_seconds=120)
-    rehearsal = Rehearsal(plan, mesh, script(plan))
+    rehearsal = Rehearsal(plan, mesh, shortened(plan))
     found = []
     for _ in range(steps):
         rehearsal.step()
@@ -134,13 +144,13 @@ def work(rank: int, world: int, store: str, microbatches: list[int], steps: int,
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     reference = make_plan(REFERENCE, load_cluster("cpu"), pp=world, num_microbatches=4, schedule="Naive")
     timelines = rehearse(reference, steps)
-    costs = costs_of(script(reference), timelines) if rank == 0 else Costs(0, 0, 0)
+    costs = costs_of(shortened(reference), timelines) if rank == 0 else Costs(0, 0, 0)
     rows = []
     for case in cases(world, microbatches):
         timelines = rehearse(case.plan, steps)
         if rank:
             continue
-        lines = script(case.plan)
+        lines = shortened(case.plan)
         measured = statistics.median(bubble_fraction(timeline) for timeline in timelines[1:])
         row = {
             "schedule": case.schedule, "num_ranks": world, "num_microbatches": case.num_microbatches, "stages": case.stages, "measured": measured,

@@ -18,9 +18,9 @@ from planner.candidates import LEVELS, Constraints, Degrees, decisions_of
 from planner.chain import Costs
 from planner.cluster import load_cluster
 from planner.critical_path import graph
+from planner.explore import explore
 from planner.model import load_model
 from planner.plan import Decisions, Inputs, Training
-from planner.search import explore
 from planner.solver import Pipeline, excess_bytes, solve_pipeline, stage_seconds
 
 CASES = [

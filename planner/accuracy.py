@@ -10,7 +10,7 @@ from planner.documents import Document, convert, parse_json
 SCHEMA = "meshwright.accuracy/1"
 
 
-class Accuracy(Document, kw_only=True):
+class Accuracy(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     groups: dict[str, str]
     """Groups of published rows that constants were fitted to, and which constants."""

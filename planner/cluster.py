@@ -18,7 +18,7 @@ SCHEMA = "meshwright.cluster/1"
 Device = Literal["cuda", "cpu", "other"]
 
 
-class Gpu(Document, kw_only=True):
+class Gpu(Document, frozen=True, kw_only=True):
     """One accelerator (or one CPU rank). FLOP/s are dense, without sparsity."""
 
     name: str
@@ -37,7 +37,7 @@ class Gpu(Document, kw_only=True):
     source: str = ""
 
 
-class Link(Document, kw_only=True):
+class Link(Document, frozen=True, kw_only=True):
     """A link as one GPU sees it: what it can send, one direction, and the time of an empty message."""
 
     bandwidth_bytes_per_second: float
@@ -45,7 +45,7 @@ class Link(Document, kw_only=True):
     source: str = ""
 
 
-class Efficiency(Document, kw_only=True):
+class Efficiency(Document, frozen=True, kw_only=True):
     """How much of the peaks is reached. Each is a fraction in (0, 1] unless it says otherwise."""
 
     matmul: float = 0.8
@@ -91,7 +91,7 @@ class Efficiency(Document, kw_only=True):
     source: str = ""
 
 
-class CollectiveCurve(Document, kw_only=True):
+class CollectiveCurve(Document, frozen=True, kw_only=True):
     """Measured: a collective on groups of this shape takes latency_seconds + bytes / bandwidth_bytes_per_second.
 
     The bytes are those of the whole tensor, so the bandwidth is not that of a link.
@@ -104,7 +104,7 @@ class CollectiveCurve(Document, kw_only=True):
     bandwidth_bytes_per_second: float
 
 
-class ClusterSpec(Document, kw_only=True):
+class ClusterSpec(Document, frozen=True, kw_only=True):
     """GPUs in nodes: fast links inside a node, slower ones between nodes."""
 
     schema: str = SCHEMA

@@ -44,7 +44,7 @@ _NAMES = {
 }
 
 
-class Row(Document, kw_only=True):
+class Row(Document, frozen=True, kw_only=True):
     """One quantity. `rank` is a global rank, or null for the whole run."""
 
     quantity: str
@@ -55,7 +55,7 @@ class Row(Document, kw_only=True):
     error_fraction: float | None
 
 
-class Cause(Document, kw_only=True):
+class Cause(Document, frozen=True, kw_only=True):
     """One predicted constant beside its measurement, in mean seconds of one such action."""
 
     constant: str
@@ -68,7 +68,7 @@ class Cause(Document, kw_only=True):
     words: str
 
 
-class Comparison(Document, kw_only=True):
+class Comparison(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     plan_hash: str
     rehearsed: bool

@@ -57,9 +57,8 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
     check_tensor_parallel(model, tp, "--tensor-parallel")
     dp = fixed.data_parallel or max(cluster.num_gpus // (tp * pp), 1)
     if dp * tp * pp != cluster.num_gpus:
-        raise InputError(
-            "--data-parallel", dp, f"data x tensor x pipeline parallel = {dp} x {tp} x {pp} = {dp * tp * pp} must be the {cluster.num_gpus} GPUs of the cluster"
-        )
+        product = f"data x tensor x pipeline parallel = {dp} x {tp} x {pp} = {dp * tp * pp}"
+        raise InputError("--data-parallel", dp, f"{product} must be the {cluster.num_gpus} GPUs of the cluster")
     virtual = fixed.num_virtual_stages or (2 if fixed.schedule in INTERLEAVED_SCHEDULES else 1)
     schedule = fixed.schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     micro = fixed.micro_batch_size or 1
@@ -67,7 +66,8 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
         assumptions.append("micro-batches of 1 sample")
     if batch_given:
         if training.global_batch_size % (dp * micro):
-            raise InputError("--global-batch-size", training.global_batch_size, f"a multiple of data parallel x micro-batch size = {dp * micro} is expected")
+            allowed = f"a multiple of data parallel x micro-batch size = {dp * micro} is expected"
+            raise InputError("--global-batch-size", training.global_batch_size, allowed)
     else:
         count = 8 * pp if pp > 1 else 1
         training = replace(training, global_batch_size=dp * micro * count)
@@ -97,7 +97,8 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
     assert found is not None
     if fixed.recompute is None:
         assumptions.append(f"recomputation: {found.stages[0].recompute}, the least that fits" if _fits(inputs, found) else "full recomputation")
-    assumptions.append(f"{'even' if pp > 1 else 'one'} pipeline stage{'s' if pp > 1 else ''}; `plan solve` chooses the cuts and what else is left open")
+    stages = "even pipeline stages" if pp > 1 else "one pipeline stage"
+    assumptions.append(f"{stages}; `plan solve` chooses the cuts and what else is left open")
     return Completed(inputs, found, tuple(assumptions))
 
 

@@ -1,7 +1,7 @@
 """Reading and writing the JSON documents: checked against a schema, and written whole or not at all.
 
-Every document type is a frozen `msgspec.Struct` that forbids unknown fields (its class line says `kw_only=True`,
-which msgspec does not inherit). What a file holds is parsed by that
+Every document type is a frozen `msgspec.Struct` that forbids unknown fields; its class line says `frozen=True, kw_only=True`, the latter
+because it is not inherited. What a file holds is parsed by that
 schema and never evaluated.
 """
 

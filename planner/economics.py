@@ -15,7 +15,7 @@ MFU_IMPLAUSIBLE = 0.65
 """No published run of a dense transformer on GPUs reaches this model FLOPs utilization."""
 
 
-class RunCost(Document, kw_only=True):
+class RunCost(Document, frozen=True, kw_only=True):
     """A whole run. Null where the GPU's power or price is not known."""
 
     num_tokens: float

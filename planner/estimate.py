@@ -29,7 +29,7 @@ V100_FLOPS_PER_SECOND = 28e12
 """The sustained rate assumed by the well-known 355 GPU-years of GPT-3 (Lambda Labs, 2020, "OpenAI's GPT-3 Language Model")."""
 
 
-class OffloadRow(Document, kw_only=True):
+class OffloadRow(Document, frozen=True, kw_only=True):
     """One row of DeepSpeed's own memory estimators, for one GPU and for its node's host memory."""
 
     offload_param: str
@@ -39,7 +39,7 @@ class OffloadRow(Document, kw_only=True):
     cpu_bytes: int
 
 
-class MemoryWall(Document, kw_only=True):
+class MemoryWall(Document, frozen=True, kw_only=True):
     """The whole model against one kind of GPU."""
 
     gpu: str
@@ -57,7 +57,7 @@ class MemoryWall(Document, kw_only=True):
     v100_years: float | None
 
 
-class Estimate(Document, kw_only=True):
+class Estimate(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     model: dict[str, object]
     parallel: Decisions | None
@@ -190,7 +190,8 @@ def warnings(inputs: Inputs, predictions: Predictions) -> tuple[str, ...]:
     share = predictions.memory.total_bytes / inputs.cluster.gpu.memory_bytes
     if 0.95 < share <= 1:
         found.append(
-            f"risky: the heaviest GPU uses {share:.1%} of its memory; fragmentation alone can take what is left (--memory-fraction 0.95 keeps clear of it)"
+            f"risky: the heaviest GPU uses {share:.1%} of its memory; fragmentation alone can take what is left "
+            "(--memory-fraction 0.95 keeps clear of it)"
         )
     return tuple(found)
 

@@ -28,7 +28,7 @@ from planner.plan import Decisions, Inputs, Memory, Recompute, Stage, block_leve
 MemoryKind = Literal["allocated", "reserved", "device"]
 
 
-class MemoryProgram(Document, kw_only=True):
+class MemoryProgram(Document, frozen=True, kw_only=True):
     """One training program, as far as its memory depends on it. Bytes per parameter are those before any sharding."""
 
     name: str
@@ -68,7 +68,7 @@ class MemoryProgram(Document, kw_only=True):
     source: str
 
 
-class Reported(Document, kw_only=True):
+class Reported(Document, frozen=True, kw_only=True):
     """What a tool reports: factor x the allocator's peak + constant."""
 
     kind: MemoryKind
@@ -77,7 +77,7 @@ class Reported(Document, kw_only=True):
     source: str
 
 
-class Reader(Document, kw_only=True):
+class Reader(Document, frozen=True, kw_only=True):
     """How the memory of rows is to be read, whose source, group or memory kind has `pattern`."""
 
     pattern: str
@@ -87,7 +87,7 @@ class Reader(Document, kw_only=True):
     source: str
 
 
-class Facts(Document, kw_only=True):
+class Facts(Document, frozen=True, kw_only=True):
     programs: tuple[MemoryProgram, ...]
     aliases: dict[str, str]
     """Programs of planner/data/software.json that share another's memory."""

@@ -9,8 +9,9 @@ from planner.chain import Costs
 from planner.cluster import with_num_gpus
 from planner.errors import DoesNotFitError, InputError
 from planner.estimate import predict
+from planner.explore import explore
 from planner.plan import Inputs, Plan, replace
-from planner.search import explore, search
+from planner.search import search
 
 
 def gpu_counts(inputs: Inputs) -> list[int]:

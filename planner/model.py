@@ -23,7 +23,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "silu", "relu"]
 
 
-class ModelSpec(Document, kw_only=True):
+class ModelSpec(Document, frozen=True, kw_only=True):
     """A decoder-only transformer by its shape. Sizes are counts of elements; nothing here depends on a cluster."""
 
     name: str
@@ -125,9 +125,9 @@ class ModelSpec(Document, kw_only=True):
 def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
     """`model` itself, when its numbers can be those of a transformer. Raises InputError that names the field."""
     positive = (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_key_value_heads head_dim vocab_size "
-        "max_sequence_length"
-    ).split()
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+        "max_sequence_length",
+    )  # fmt: skip
     for name in positive:
         value = getattr(model, name)
         if value < 1 or value > 10**12:

@@ -19,7 +19,7 @@ from planner.run import Run
 SCHEMA = "meshwright.paradigms/1"
 
 
-class Paradigm(Document, kw_only=True):
+class Paradigm(Document, frozen=True, kw_only=True):
     """One way of splitting. The measured fields are null until it has been run."""
 
     name: str
@@ -40,7 +40,7 @@ class Paradigm(Document, kw_only=True):
     measured_losses: tuple[float, ...] = ()
 
 
-class Paradigms(Document, kw_only=True):
+class Paradigms(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     model: str
     world_size: int

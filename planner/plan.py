@@ -35,7 +35,7 @@ INTERLEAVED_SCHEDULES = frozenset({"Interleaved1F1B", "InterleavedZeroBubble", "
 """Schedules whose pipeline ranks hold several stages."""
 
 
-class RecomputeCounts(Document, kw_only=True):
+class RecomputeCounts(Document, frozen=True, kw_only=True):
     """How many of a stage's transformer blocks are at each level, in order: first `full`, then `selective`, then `none`."""
 
     none: int = 0
@@ -43,7 +43,7 @@ class RecomputeCounts(Document, kw_only=True):
     full: int = 0
 
 
-class Stage(Document, kw_only=True):
+class Stage(Document, frozen=True, kw_only=True):
     """Consecutive layers of the layer chain on one pipeline rank."""
 
     first_layer: int
@@ -52,7 +52,7 @@ class Stage(Document, kw_only=True):
     pipeline_rank: int
 
 
-class Decisions(Document, kw_only=True):
+class Decisions(Document, frozen=True, kw_only=True):
     """What a plan decides. Layer 0 is the embedding, 1..L the blocks, L + 1 the head (final norm and projection)."""
 
     data_parallel: int
@@ -80,7 +80,7 @@ class Decisions(Document, kw_only=True):
         return self.pipeline_parallel * self.num_virtual_stages
 
 
-class Training(Document, kw_only=True):
+class Training(Document, frozen=True, kw_only=True):
     """What is asked of the training run."""
 
     global_batch_size: int
@@ -93,7 +93,7 @@ class Training(Document, kw_only=True):
     """Of a GPU's memory that a plan may use."""
 
 
-class Inputs(Document, kw_only=True):
+class Inputs(Document, frozen=True, kw_only=True):
     """What a plan was made from."""
 
     model: ModelSpec
@@ -101,7 +101,7 @@ class Inputs(Document, kw_only=True):
     training: Training
 
 
-class Memory(Document, kw_only=True):
+class Memory(Document, frozen=True, kw_only=True):
     """Bytes on one GPU at its peak. The total is the sum of the others."""
 
     weights_bytes: int
@@ -124,7 +124,7 @@ class Memory(Document, kw_only=True):
         )
 
 
-class PipelineRankPrediction(Document, kw_only=True):
+class PipelineRankPrediction(Document, frozen=True, kw_only=True):
     """One pipeline rank: its stages, its peak and its time per micro-batch."""
 
     pipeline_rank: int
@@ -136,7 +136,7 @@ class PipelineRankPrediction(Document, kw_only=True):
     backward_seconds: float | None
 
 
-class Time(Document, kw_only=True):
+class Time(Document, frozen=True, kw_only=True):
     """Time of one optimizer step and what follows from it. Null where an input is missing."""
 
     step_seconds: float | None = None
@@ -157,7 +157,7 @@ class Time(Document, kw_only=True):
     """What the step is made of on its slowest rank: compute, tensor-parallel and pipeline communication, bubble, reduction, optimizer."""
 
 
-class Predictions(Document, kw_only=True):
+class Predictions(Document, frozen=True, kw_only=True):
     """What a plan is predicted to need. `memory` is the heaviest GPU's."""
 
     memory: Memory
@@ -165,7 +165,7 @@ class Predictions(Document, kw_only=True):
     time: Time
 
 
-class RunnerUp(Document, kw_only=True):
+class RunnerUp(Document, frozen=True, kw_only=True):
     """A plan that lost, and why."""
 
     decisions: Decisions
@@ -174,7 +174,7 @@ class RunnerUp(Document, kw_only=True):
     why_not: str
 
 
-class SolverReport(Document, kw_only=True):
+class SolverReport(Document, frozen=True, kw_only=True):
     """How the plan was found and how good it is proven to be."""
 
     name: str
@@ -190,7 +190,7 @@ class SolverReport(Document, kw_only=True):
     """Why this plan: the placement of the axes, and what binds."""
 
 
-class Plan(Document, kw_only=True):
+class Plan(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     inputs: Inputs
     inputs_hash: str
@@ -274,9 +274,9 @@ def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:
 
     model, training = inputs.model, inputs.training
     for name in (
-        "data_parallel tensor_parallel pipeline_parallel micro_batch_size num_microbatches num_virtual_stages "
-        "data_parallel_replicate"
-    ).split():
+        "data_parallel", "tensor_parallel", "pipeline_parallel", "micro_batch_size", "num_microbatches", "num_virtual_stages",
+        "data_parallel_replicate",
+    ):  # fmt: skip
         if getattr(decisions, name) < 1:
             refuse(name, getattr(decisions, name), "a positive integer is expected")
     if decisions.world_size != inputs.cluster.num_gpus:

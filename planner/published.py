@@ -27,7 +27,7 @@ from planner.timing import predict_time, zero_bubble_2p_seconds
 SCHEMA = "meshwright.validation/1"
 
 
-class PredictedFigures(Document, kw_only=True):
+class PredictedFigures(Document, frozen=True, kw_only=True):
     step_seconds: float | None = None
     step_seconds_interval: tuple[float, float] | None = None
     peak_bytes: float | None = None
@@ -36,13 +36,13 @@ class PredictedFigures(Document, kw_only=True):
     """Whether its GPU has that much memory."""
 
 
-class MeasuredFigures(Document, kw_only=True):
+class MeasuredFigures(Document, frozen=True, kw_only=True):
     step_seconds: float | None = None
     peak_bytes: float | None = None
     ran_out_of_memory: bool = False
 
 
-class ValidationRow(Document, kw_only=True):
+class ValidationRow(Document, frozen=True, kw_only=True):
     """One published configuration. `why_not` says why there is no prediction."""
 
     id: str
@@ -58,7 +58,7 @@ class ValidationRow(Document, kw_only=True):
     """Whether the source gives all that a step time needs; only then does the row count in the means."""
 
 
-class MemoryFit(Document, kw_only=True):
+class MemoryFit(Document, frozen=True, kw_only=True):
     """Runs of known fate against the prediction whether they fit: those that ran out of memory, and those whose memory was measured."""
 
     out_of_memory_runs: int = 0
@@ -67,7 +67,7 @@ class MemoryFit(Document, kw_only=True):
     fitting_refused: int = 0
 
 
-class GroupErrors(Document, kw_only=True):
+class GroupErrors(Document, frozen=True, kw_only=True):
     """Errors of the counted rows of one group, as fractions."""
 
     group: str
@@ -86,7 +86,7 @@ class GroupErrors(Document, kw_only=True):
     memory_fit: MemoryFit = MemoryFit()
 
 
-class ErrorMeans(Document, kw_only=True):
+class ErrorMeans(Document, frozen=True, kw_only=True):
     """Means over groups of the means within a group."""
 
     num_groups: int
@@ -99,7 +99,7 @@ class ErrorMeans(Document, kw_only=True):
     """Groups that the memory's mean is over: whether constants were fitted to a group differs between time and memory."""
 
 
-class ValidationSummary(Document, kw_only=True):
+class ValidationSummary(Document, frozen=True, kw_only=True):
     num_rows: int
     num_groups: int
     step_time_mean_abs_error: float | None
@@ -109,7 +109,7 @@ class ValidationSummary(Document, kw_only=True):
     memory_fit: MemoryFit = MemoryFit()
 
 
-class Validation(Document, kw_only=True):
+class Validation(Document, frozen=True, kw_only=True):
     schema: str = SCHEMA
     rows: tuple[ValidationRow, ...]
     groups: tuple[GroupErrors, ...]

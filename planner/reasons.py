@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from planner import greedy
 from planner.candidates import (
@@ -25,14 +24,12 @@ from planner.contention import shares_cores
 from planner.critical_path import graph
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import capacity_bytes
+from planner.explore import Outcome, explore
 from planner.memory import predict_memory
 from planner.network import axis_group
 from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
 from planner.solver import excess_bytes, stage_seconds
 from planner.timing import predict_time
-
-if TYPE_CHECKING:
-    from planner.search import Outcome
 
 GIB = 2**30
 PARTS = {
@@ -326,8 +323,6 @@ def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
 
 def _quick(inputs: Inputs, constraints: Constraints) -> tuple[float, Decisions] | None:
     """The best plan that a short search finds, or None."""
-    from planner.search import explore
-
     try:
         outcome = explore(Costs(inputs), dataclasses.replace(constraints, time_limit_seconds=REPAIR_SECONDS))
     except (InputError, SolverError):

@@ -51,7 +51,7 @@ class RunRank(Document, frozen=True, kw_only=True):
     """CUDA: peak held by the allocator."""
     device_used_bytes: int | None = None
     """CUDA: used on the device at the end, all processes."""
-    communication_bytes: dict[str, int] = {}  # noqa: RUF012
+    communication_bytes: dict[str, int] = {}
     """Bytes that this rank sends per step along each axis, ring algorithms for collectives."""
 
 

@@ -11,7 +11,7 @@ from planner.documents import Document, convert
 from planner.errors import InputError
 
 
-class Software(Document, kw_only=True):
+class Software(Document, frozen=True, kw_only=True):
     """One training program, as far as its step time depends on it."""
 
     name: str

@@ -26,7 +26,7 @@ class Event(NamedTuple):
     end: float
 
 
-class Timeline(Document, kw_only=True):
+class Timeline(Document, frozen=True, kw_only=True):
     """The events of one step. `rank` is a pipeline rank in a simulation and a global rank in a measurement."""
 
     schema: str = SCHEMA
@@ -136,8 +136,8 @@ def bubble_fractions(timeline: Timeline, pipeline_of: Mapping[int, object] | Non
     """Idle time over total time of each rank within the pipeline phase; waiting for a message is idle.
 
     Where a timeline holds several pipelines (the replicas of data parallelism), `pipeline_of` says which one a rank belongs to, and
-    the phase is that of its own: replicas need not start at the same moment. For equal stages without communication GPipe and 1F1B give (p - 1) / (m + p - 1) (Narayanan et al. 2021,
-    section 2.2, as a share of the whole), and naive model parallelism 1 - 1/p.
+    the phase is that of its own: replicas need not start at the same moment. For equal stages without communication GPipe and 1F1B
+    give (p - 1) / (m + p - 1) (Narayanan et al. 2021, section 2.2, as a share of the whole), and naive model parallelism 1 - 1/p.
     """
     spans: dict[object, float] = {}
     for pipeline in {pipeline_of[rank] if pipeline_of else None for rank in timeline.ranks}:

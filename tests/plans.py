@@ -56,7 +56,10 @@ def make_plan(
         model=spec,
         cluster=load_cluster(cluster or f"a100-80gb:{world}"),
         training=Training(
-            global_batch_size=dp * micro * m, sequence_length=sequence_length or min(spec.max_sequence_length, 2048), precision=precision, optimizer=optimizer
+            global_batch_size=dp * micro * m,
+            sequence_length=sequence_length or min(spec.max_sequence_length, 2048),
+            precision=precision,
+            optimizer=optimizer,
         ),
     )
     stages = even_stages(spec, schedule, pp, virtual, "none")

@@ -99,8 +99,9 @@ def test_the_linear_bound_is_never_below_the_prediction(plan: Plan) -> None:
         needs = {}
         for index, stage in enumerate(decisions.stages):
             if stage.pipeline_rank == rank:
-                names = ["embedding"] * has_embedding(stage) + ["block"] * len(block_levels(stage, inputs.model)) + ["head"] * has_head(stage, inputs.model)
-                level = block_levels(stage, inputs.model)[0] if block_levels(stage, inputs.model) else "none"
+                levels = block_levels(stage, inputs.model)
+                names = ["embedding"] * has_embedding(stage) + ["block"] * len(levels) + ["head"] * has_head(stage, inputs.model)
+                level = levels[0] if levels else "none"
                 needs[index] = [layer_bytes(inputs, decisions, name, level if name == "block" else "none") for name in names]
         states = sum(layer.states for layers in needs.values() for layer in layers)
         live, peak = 0.0, 0.0

@@ -14,10 +14,11 @@ from planner.critical_path import graph
 from planner.defaults import Fixed
 from planner.errors import DoesNotFitError, InputError
 from planner.estimate import fits, predict
+from planner.explore import explore
 from planner.memory import predict_memory
 from planner.model import load_model
 from planner.plan import Inputs, Training, check, digest, even_stages, replace
-from planner.search import explore, search
+from planner.search import search
 from planner.solver import moment_bytes, stage_loads, stage_seconds
 from planner.timing import predict_time
 

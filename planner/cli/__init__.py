@@ -52,7 +52,7 @@ class _Commands(click.Group):
 
             close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
             if close and "mean" not in error.message:
-                error.message += f" Did you mean '{close[0]}'?"
+                raise click.UsageError(f"{error.message} Did you mean '{close[0]}'?", ctx) from None
             raise
 
 

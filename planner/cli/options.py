@@ -66,7 +66,7 @@ class Request:
         )
 
 
-class _Positive(click.ParamType):
+class _Positive(click.ParamType[int]):
     name = "N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -90,7 +90,7 @@ class _Choice(click.Choice[str]):
             raise InputError(param.opts[0] if param else "option", value, f"one of {allowed} is expected") from None
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[float]):
     """A positive number, as a plain or scientific figure (`300e9`)."""
 
     name = "NUMBER"
@@ -109,7 +109,7 @@ POSITIVE = _Positive()
 NUMBER = Number()
 
 
-def choice(values: tuple[str, ...]) -> click.ParamType:
+def choice(values: tuple[str, ...]) -> click.ParamType[str]:
     """An option's choice among `values`."""
     return _Choice(values, case_sensitive=False)
 

@@ -134,15 +134,15 @@ def comparison_view(document: Comparison, run: Run) -> list[RenderableType | str
         place = f"pp {rank.coordinates.pp}, dp {rank.coordinates.dp}, tp {rank.coordinates.tp}"
         cells: list[object] = [rank.rank, place]
         for name in ("total_bytes", "bubble_fraction"):
-            row = next((item for key, item in found.items() if key.endswith(name)), None)
-            if row is None:
+            figure = found.get(name)
+            if figure is None:
                 cells += [None] * 4
                 continue
-            cells += [_quantity(name, row.predicted), _quantity(name, row.dry_run), _quantity(name, row.measured), _error(row)]
+            cells += [_quantity(name, figure.predicted), _quantity(name, figure.dry_run), _quantity(name, figure.measured), _error(figure)]
         rows.append(cells)
-    columns = ("rank", "place", "peak predicted", "dry run", "measured", "error", "bubble predicted", "dry run", "measured", "error")
-    keep = [index for index in range(len(columns)) if index != 7]
-    parts.append(table("Each rank", [columns[i] for i in keep], [[cells[i] for i in keep] for cells in rows], left=2))
+    names = ("rank", "place", "peak predicted", "dry run", "measured", "error", "bubble predicted", "dry run", "measured", "error")
+    keep = [index for index in range(len(names)) if index != 7]
+    parts.append(table("Each rank", [names[i] for i in keep], [[cells[i] for i in keep] for cells in rows], left=2))
     heaviest = max(run.ranks, key=lambda rank: rank.memory.total_bytes)
     categories = [
         (_SHORT.get(name.removeprefix("memory."), name), _quantity(name, row.predicted), _quantity(name, row.dry_run),
@@ -202,11 +202,11 @@ def validation_view(document: Validation) -> list[RenderableType | str]:
         "Means are over groups of the means within a group."
     )
     if document.rows and len(document.rows) <= 40:
-        rows = [
+        single = [
             (row.id, seconds(row.predicted.step_seconds), seconds(row.measured.step_seconds),
              "–" if row.step_time_error_fraction is None else f"{row.step_time_error_fraction:+.1%}",
              gib(row.predicted.peak_bytes), gib(row.measured.peak_bytes), row.why_not or "")
             for row in document.rows
         ]  # fmt: skip
-        parts.append(table("Rows", ("row", "step predicted", "measured", "error", "peak GiB predicted", "measured", "why not"), rows))
+        parts.append(table("Rows", ("row", "step predicted", "measured", "error", "peak GiB predicted", "measured", "why not"), single))
     return parts

@@ -1,0 +1,459 @@
+"""The exploration: which candidate is best, proven by bounds; the ILP decides the stages of those that bounds can't exclude.
+
+Best first over a tree of candidates (`planner.candidates`): the node with the least lower bound is opened next.
+
+    degrees    bound: the mean rank's work                                        (bounds.busy_bound)
+    layout     + placement, sequence parallelism, ZeRO; those that another layout
+               dominates are left out; + reduction and optimizer                  (layouts, bounds.mean_tail)
+    candidate  + schedule: fill and drain                                         (bounds.schedule_bound)
+    room       + the recomputation that memory forces, or that nothing fits       (bounds.never_idle_bound)
+    relaxed    the linear relaxation of the ILP                                   (solver.solve_pipeline)
+    solved     the ILP, asked for something faster than the best known
+
+Where ranks share the cores of a CPU node, how fast one computes depends on what the others do at the time, and no path
+bounds that. There each candidate is given the stages of simple rules and walked with its cores shared; the bound is that
+of the work alone, and the gap is what is not proven.
+
+The first node whose bound is not below the best plan's time ends the search: all that is left in the queue is bounded by
+it, and what was opened has been solved. So the result is optimal over the whole tree, with the bound as its proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import math
+import time
+from typing import Any, NamedTuple
+
+from planner import bounds, greedy
+from planner.candidates import (
+    Constraints,
+    Degrees,
+    all_degrees,
+    decisions_of,
+    rank_orders,
+    recompute_levels,
+    schedules,
+    sequence_parallel_choices,
+    zero_stages,
+)
+from planner.chain import Costs, Profile, counts_of, dominates, least_in_flight, stages_of
+from planner.contention import shares_cores
+from planner.critical_path import Path, graph, path_seconds
+from planner.errors import InputError
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, replace
+from planner.solver import TOLERANCE, Counts, Pipeline, Solution, excess_bytes, solve_pipeline, stage_seconds
+from planner.timing import predict_time
+
+SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
+"""From plain to exotic: which of equally fast plans is taken."""
+RELAXED_ROUNDS = 4
+"""Linear relaxations of a candidate before the next candidate has its turn."""
+DIVE_DEGREES, DIVE_TRIES = 40, 4
+MAX_PATHS = 48
+"""Critical paths of a schedule's graph that are handed on from one program to the next."""
+
+
+class Found(NamedTuple):
+    """A candidate with stages."""
+
+    decisions: Decisions
+    seconds: float
+    """Of the step, walked."""
+
+
+class Node(NamedTuple):
+    """An entry of the queue; it is ordered by bound, then from plain to exotic."""
+
+    bound: float
+    order: tuple[Any, ...]
+    level: int
+    item: Degrees | Decisions
+    solved: Solution | None = None
+
+
+DEGREES, LAYOUT, CANDIDATE, ROOM, RELAXED = range(5)
+
+
+class Outcome(NamedTuple):
+    """What a search found and proved."""
+
+    best: Found | None
+    bound: float
+    proven: bool
+    num_candidates: int
+    num_solved: int
+    solver: str
+    others: tuple[Found, ...]
+    """Other plans that were worked out on the way, the fastest of each candidate."""
+    wall_seconds: float
+    shared: bool
+    """Whether ranks share cores, so that step times are walked and not proven."""
+
+
+def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) -> Outcome:
+    """The best candidate with its stages, and the bound on all. With `cutoff` only faster ones are looked for."""
+    return _Search(costs, constraints, cutoff).run()
+
+
+class _Search:
+    """The queue, the best plan so far, and the critical paths seen of each schedule's graph."""
+
+    def __init__(self, costs: Costs, constraints: Constraints, cutoff: float) -> None:
+        self.costs, self.constraints, self.inputs = costs, constraints, costs.inputs
+        self.levels = recompute_levels(constraints)
+        if not self.levels:
+            raise InputError("forbidden", "recompute", "at least one of none, selective, full must stay allowed")
+        self.started = time.monotonic()
+        limit = constraints.time_limit_seconds
+        self.deadline = None if limit is None else self.started + limit
+        self.cutoff = cutoff
+        self.best: Found | None = None
+        self.others: dict[Decisions, Found] = {}
+        self.paths: dict[tuple[Any, ...], dict[Path, None]] = {}
+        self.queue: list[Node] = []
+        self.num_candidates = self.num_relaxed = self.num_solved = 0
+        self.solver = "HiGHS"
+        self.shared = shares_cores(self.inputs.cluster, self.inputs.cluster.num_gpus)
+        if self.shared:
+            self.solver = "walks with shared cores"
+
+    @property
+    def goal(self) -> float:
+        """Seconds that a plan must beat."""
+        return self.best.seconds if self.best else self.cutoff
+
+    def run(self) -> Outcome:
+        for degrees in all_degrees(self.inputs, self.constraints):
+            self.push_degrees(degrees)
+        if not self.shared:
+            self.dive()
+        bound, proven = math.inf, not self.shared
+        while self.queue:
+            node = heapq.heappop(self.queue)
+            if node.bound >= self.goal * (1 - TOLERANCE):
+                bound = node.bound
+                break
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                bound, proven = node.bound, False
+                break
+            if not self.open(node):
+                bound, proven = min(bound, node.bound), False
+        return Outcome(
+            self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
+            time.monotonic() - self.started, self.shared,
+        )  # fmt: skip
+
+    def open(self, node: Node) -> bool:
+        """Opens a node; False when the time limit cut its program short."""
+        if node.level == DEGREES:
+            assert isinstance(node.item, Degrees)
+            for layout in self.layouts(node.item):
+                self.push_layout(layout, node.bound)
+            return True
+        assert isinstance(node.item, Decisions)
+        if node.level == LAYOUT:
+            self.push_candidates(node.item, node.bound)
+            return True
+        if self.shared:
+            self.try_simple(node.item)
+            return False
+        if node.level == CANDIDATE:
+            self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
+            return True
+        if node.level == ROOM:
+            return self.relax(node.item, node.bound)
+        return self.solve(node.item, node.bound)
+
+    def push(self, bound: float, level: int, item: Degrees | Decisions) -> None:
+        if bound < self.goal * (1 - TOLERANCE):
+            heapq.heappush(self.queue, Node(bound, _plainness(item), level, item))
+
+    def push_degrees(self, degrees: Degrees) -> None:
+        variants = list(schedules(self.inputs, degrees, self.constraints))
+        orders = sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))
+        choices = sequence_parallel_choices(self.inputs, degrees, self.constraints)
+        stages = sum(len(zero_stages(degrees, schedule, self.constraints)) for schedule, _ in variants)
+        self.num_candidates += stages * len(orders) * len(choices)
+        if stages:
+            # a group whose ranks lie further apart is never faster, so the innermost place of tp is the fastest
+            some = [decisions_of(degrees, sequence_parallel=choice, rank_order=orders[0]) for choice in choices if orders]
+            if some:
+                fastest = min(self.whole(decisions) for decisions in some)
+                self.push(bounds.busy_bound(some[0], fastest), DEGREES, degrees)
+
+    def whole(self, decisions: Decisions) -> float:
+        whole = bounds.whole_seconds(self.costs.seconds(decisions), self.inputs.model.num_layers, self.levels)
+        return whole - self.costs.communication(decisions) if self.shared else whole
+
+    def layouts(self, degrees: Degrees) -> list[Decisions]:
+        """Placement, sequence parallelism and ZeRO, without those that are nowhere better than another one."""
+        found: list[tuple[Decisions, Profile]] = []
+        several = {schedule for schedule, _ in schedules(self.inputs, degrees, self.constraints)}
+        names = {zero for schedule in several for zero in zero_stages(degrees, schedule, self.constraints)}
+        for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
+            for order in rank_orders(degrees, self.constraints):
+                if order[0] != "tp" and self.too_slow(decisions_of(degrees, sequence_parallel=choice, rank_order=order)):
+                    continue
+                for zero in sorted(names):
+                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                    found.append((layout, self.costs.profile(layout)))
+        found.sort(key=lambda item: _plainness(item[0]))
+        kept: list[tuple[Decisions, Profile]] = []
+        for layout, profile in found:
+            if any(_covers(a.zero_stage, layout.zero_stage) and dominates(b, profile) for a, b in kept):
+                continue
+            kept = [(a, b) for a, b in kept if not (_covers(layout.zero_stage, a.zero_stage) and dominates(profile, b))]
+            kept.append((layout, profile))
+        return [layout for layout, _ in kept]
+
+    def too_slow(self, layout: Decisions) -> bool:
+        """Whether the blocks alone, at the layout's distance between tensor-parallel ranks, take too long for the mean rank."""
+        block = self.costs.block_seconds(layout)
+        work = self.inputs.model.num_layers * (block.forward + block.backward)
+        return bounds.busy_bound(layout, work) >= self.goal
+
+    def push_layout(self, layout: Decisions, above: float) -> None:
+        p = layout.pipeline_parallel
+        tail = 0.0 if self.shared else bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+        self.push(max(bounds.busy_bound(layout, self.whole(layout)) + tail + self.costs.step_seconds, above), LAYOUT, layout)
+
+    def push_candidates(self, layout: Decisions, above: float) -> None:
+        whole, weight, least = self.whole(layout), self.weight(layout), bounds.least_stages(self.costs, layout, self.levels)
+        for schedule, v in schedules(self.inputs, _degrees(layout), self.constraints):
+            if layout.zero_stage in zero_stages(_degrees(layout), schedule, self.constraints):
+                candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
+                bound = above if self.shared else bounds.schedule_bound(candidate, whole, least, weight)
+                self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
+
+    def weight(self, decisions: Decisions) -> float:
+        """Seconds of the weight gradients of one micro-batch through all layers."""
+        seconds = self.costs.seconds(decisions)
+        ends = seconds["embedding", "none"].backward_weight + seconds["head", "none"].backward_weight
+        return ends + self.inputs.model.num_layers * seconds["block", "none"].backward_weight
+
+    def room_bound(self, candidate: Decisions, above: float) -> float:
+        """The bound with the recomputation that memory forces; infinite if the blocks don't fit within the goal."""
+        costs, blocks = self.costs, self.inputs.model.num_layers
+        if candidate.num_virtual_stages > 1:
+            above = max(above, bounds.regular_bound(costs, candidate, self.levels) + costs.step_seconds)
+            if above >= self.goal * (1 - TOLERANCE):
+                return math.inf
+        rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*_shape(candidate)), self.levels)
+        whole = math.inf if rooms is None else bounds.least_work(rooms, blocks)
+        if rooms is None or whole == math.inf:
+            return math.inf
+        least = bounds.least_stages(costs, candidate, self.levels)
+        bound = max(bounds.schedule_bound(candidate, whole, least, self.weight(candidate)), above - costs.step_seconds)
+        goal = self.goal - costs.step_seconds
+        ranks, tails = range(candidate.pipeline_parallel), bounds.tail_of(costs, candidate)
+        paths = [([least.fill(rank, False) for rank in ranks], tail) for tail in tails]
+        if candidate.schedule not in SPLIT_BACKWARD_SCHEDULES:
+            ends = min(tail.intercept for tail in tails)
+            paths.append(([least.fill(rank, True) for rank in ranks], bounds.Tail(0.0, ends)))
+        each, p, m = costs.parameters(candidate, "block"), candidate.pipeline_parallel, candidate.num_microbatches
+        for fills, tail in paths:
+            if bound < goal:
+                bound = bounds.never_idle_bound(candidate, rooms, fills, tail, each, blocks, bound, goal)
+        if candidate.schedule == "1F1B" and m > p + 1 > 2 and bound < goal:
+            fills = [2 * (whole + (p - 1) * least.message)] * p
+            bound = bounds.never_idle_bound(candidate, rooms, fills, bounds.Tail(0.0, 0.0), each, blocks, bound, goal, m - p - 1)
+        return bound + costs.step_seconds
+
+    def relax(self, candidate: Decisions, above: float) -> bool:
+        """Finds a first plan by simple rules, and raises the bound: by walks where cuts are regular, else by the relaxation."""
+        self.num_relaxed += 1
+        if candidate.num_virtual_stages > 1:
+            timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
+            above = max(above, self.pattern_walks(candidate, timed)[0][0])
+        if above < self.goal * (1 - TOLERANCE) and candidate not in self.others:
+            self.try_simple(candidate)
+        if above >= self.goal * (1 - TOLERANCE):
+            return True
+        if candidate.num_virtual_stages > 1:
+            self.push(above, RELAXED, candidate)
+            return True
+        solution = self.program(candidate, self.costs.pipeline(candidate, self.levels), above, RELAXED_ROUNDS)
+        bound = max(solution.bound + self.costs.step_seconds, above)
+        if not solution.proven:
+            self.push(bound, ROOM if bound > above * (1 + 1e-3) else RELAXED, candidate)
+        return True
+
+    def try_simple(self, candidate: Decisions) -> Found | None:
+        """The better of the plans that simple rules give, if they fit."""
+        timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
+        if timed.patterns:
+            bound, sizes = self.pattern_walks(candidate, timed)[0]
+            choices = [list(sizes)] if bound < self.goal or self.shared else []
+        else:
+            choices = [greedy.balanced_sizes(timed), greedy.even_sizes(timed)]
+        pipeline = self.costs.pipeline(candidate, self.levels) if choices else timed
+        for choice in choices:
+            counts = greedy.fit(pipeline, choice)
+            if counts is not None:
+                self.offer(candidate, pipeline, counts)
+        return self.others.get(candidate)
+
+    def pattern_walks(self, candidate: Decisions, pipeline: Pipeline) -> list[tuple[float, tuple[int, ...]]]:
+        """The regular cuts with their step time when memory is no matter, fastest first, as far as they beat the goal.
+
+        More recomputation makes no action shorter and so no step: these are lower bounds. A cut that a known path already
+        shows to be slower than the goal is not walked.
+        """
+        pool = self.paths.setdefault(_shape(candidate), {})
+        goal = self.goal - self.costs.step_seconds
+        block, m = self.costs.seconds(candidate)["block", self.levels[0]], candidate.num_microbatches
+        found = [(m * most * (block.forward + block.backward), sizes) for most, sizes in _busiest(pipeline)]
+        if self.shared:
+            goal = math.inf
+        tried = [sizes for bound, sizes in found if bound < goal]
+        if not tried:
+            return [min(found)]
+        whole, found = graph(*_shape(candidate)), []
+        for sizes in tried:
+            seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
+            bound = max((path_seconds(path, seconds) for path in pool), default=0.0)
+            if bound < goal and len(pool) < MAX_PATHS:
+                bound, paths = whole.critical_paths(seconds)
+                pool.update(dict.fromkeys(paths))
+            elif bound < goal:
+                bound = whole.longest(seconds)
+            found.append((bound + self.costs.step_seconds, sizes))
+        return sorted(found)
+
+    def dive(self) -> None:
+        """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
+        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches), node.item)
+                 for node in self.queue if isinstance(node.item, Degrees)]  # fmt: skip
+        looks: list[tuple[float, tuple[Any, ...], Decisions]] = []
+        for _, degrees in sorted(rough)[:DIVE_DEGREES]:
+            choice = sequence_parallel_choices(self.inputs, degrees, self.constraints)[0]
+            for order in sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))[:1]:
+                zeros = {zero for name, _ in schedules(self.inputs, degrees, self.constraints) for zero in
+                         zero_stages(degrees, name, self.constraints)}  # fmt: skip
+                for zero in sorted(zeros & {1, 3} or zeros):
+                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                    looks.append((self.look(layout), _plainness(layout), layout))
+        for _, _, layout in heapq.nsmallest(DIVE_TRIES, looks):
+            for schedule, v in self.dive_schedules(layout):
+                self.try_simple(replace(layout, schedule=schedule, num_virtual_stages=v))
+
+    def look(self, layout: Decisions) -> float:
+        """A guess of the step time with 1F1B."""
+        rooms = bounds.rank_rooms(self.costs, layout, least_in_flight(*_shape(layout)), self.levels)
+        p, m = layout.pipeline_parallel, layout.num_microbatches
+        if rooms is None:
+            return math.inf
+        tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + p - 1) / p + tail
+
+    def dive_schedules(self, layout: Decisions) -> list[tuple[str, int]]:
+        """The schedules, and of each one the middle of the numbers of stages that it can have."""
+        by_name: dict[str, list[tuple[str, int]]] = {}
+        for name, v in schedules(self.inputs, _degrees(layout), self.constraints):
+            if layout.zero_stage in zero_stages(_degrees(layout), name, self.constraints):
+                by_name.setdefault(name, []).append((name, v))
+        return [several[len(several) // 3] for several in by_name.values()]
+
+    def solve(self, candidate: Decisions, above: float) -> bool:
+        pipeline = self.costs.pipeline(candidate, self.levels)
+        if pipeline.patterns:
+            walks = self.pattern_walks(candidate, pipeline)
+            left = tuple(sizes for bound, sizes in walks if bound < self.goal * (1 - TOLERANCE))
+            if not left:
+                return True
+            pipeline = dataclasses.replace(pipeline, patterns=left)
+        solution = self.program(candidate, pipeline, above)
+        self.num_solved += 1
+        if solution.counts is not None:
+            self.offer(candidate, pipeline, solution.counts)
+        return solution.proven
+
+    def program(self, candidate: Decisions, pipeline: Pipeline, above: float, relaxed_rounds: int | None = None) -> Solution:
+        shape = _shape(candidate)
+        pool = self.paths.setdefault(shape, {})
+        solution = solve_pipeline(
+            pipeline,
+            graph(*shape),
+            cutoff=self.goal - self.costs.step_seconds,
+            paths=list(pool)[-MAX_PATHS:],
+            lower_bound=above - self.costs.step_seconds,
+            deadline=self.deadline,
+            solver=self.constraints.solver,
+            relaxed_rounds=relaxed_rounds,
+            start=counts_of(self.others[candidate].decisions, self.inputs.model, self.levels) if candidate in self.others else None,
+        )
+        self.solver = solution.solver
+        pool.update(dict.fromkeys(solution.paths))
+        return solution
+
+    def offer(self, candidate: Decisions, pipeline: Pipeline, counts: Counts) -> None:
+        """Takes a plan that fits, if it is the best so far, and remembers it for comparison."""
+        if excess_bytes(pipeline, counts)[0] > 1e-9 * abs(pipeline.limits[0]):
+            return
+        plan = replace(candidate, stages=stages_of(candidate, counts, self.levels))
+        if self.shared:
+            seconds = predict_time(self.inputs, plan).time.step_seconds or math.inf
+        else:
+            seconds = graph(*_shape(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
+        found = Found(plan, seconds)
+        if candidate not in self.others or seconds < self.others[candidate].seconds:
+            self.others[candidate] = found
+        if self.best is None:
+            better = seconds < self.cutoff
+        else:
+            tie = abs(seconds - self.best.seconds) <= 1e-9 * seconds
+            better = seconds < self.best.seconds if not tie else _plainness(candidate) < _plainness(self.best.decisions)
+        if better:
+            self.best = found
+
+
+def _shape(decisions: Decisions) -> tuple[str, int, int, int]:
+    return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+
+
+@functools.lru_cache(maxsize=512)
+def _most_blocks(patterns: tuple[tuple[int, ...], ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    found = []
+    for sizes in patterns:
+        held = [0] * (max(ranks) + 1)
+        for stage, size in enumerate(sizes):
+            held[ranks[stage]] += size - (stage == 0) - (stage == len(sizes) - 1)
+        found.append(max(held))
+    return tuple(found)
+
+
+def _busiest(pipeline: Pipeline) -> list[tuple[int, tuple[int, ...]]]:
+    """Each regular cut with the blocks of the rank that has most."""
+    return list(zip(_most_blocks(pipeline.patterns, pipeline.ranks), pipeline.patterns, strict=True))
+
+
+def _degrees(decisions: Decisions) -> Degrees:
+    return Degrees(
+        decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
+    )
+
+
+def _covers(zero_stage: int, other: int) -> bool:
+    """Whether a ZeRO stage can run every schedule that the other can."""
+    return zero_stage < 3 or other == 3
+
+
+def _plainness(item: Degrees | Decisions) -> tuple[Any, ...]:
+    """Orders candidates with equal bounds from plain to exotic, and makes the search deterministic."""
+    if isinstance(item, Degrees):
+        return (0, *item)
+    return (
+        1,
+        SCHEDULE_ORDER.index(item.schedule),
+        item.num_virtual_stages,
+        item.zero_stage,
+        item.rank_order != ("tp", "dp", "pp"),
+        item.pipeline_parallel,
+        item.tensor_parallel,
+        item.micro_batch_size,
+        item.sequence_parallel,
+        item.rank_order,
+    )
