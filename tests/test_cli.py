@@ -43,6 +43,13 @@ def test_what_does_not_fit_has_status_3_and_a_document_all_the_same() -> None:
 
 
 WRONG = [
+    (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
+    (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
+    (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--within-days", "1"], "--num-tokens"),
+    (["estimate", "--model", "gpt2", "--gpus", "8,many", "--global-batch-size", "8"], "--gpus"),
+    (["export", "/no/such/plan.json", "--to", "megatron"], "PLAN"),
+    (["validate", "--rows", "/no/such/rows.json"], "--rows"),
+    (["compare", "/no/such/plan.json", "/no/such/run.json"], "PLAN"),
     (["estimate", "--model", "gpt5"], "--model"),
     (["estimate", "--model", "gpt3", "--tp", "7"], "tensor-parallel"),
     (["estimate", "--model", "gpt3", "--tp", "0"], "--tensor-parallel"),
@@ -76,3 +83,23 @@ def test_presets_are_listed() -> None:
     assert json.loads(plan("models", "bloom", "--json").stdout)["num_parameters"] == 176_247_271_424
     assert "a100-80gb" in plan("clusters").stdout
     assert json.loads(plan("clusters", "a100", "--json").stdout)["schema"] == "meshwright.cluster/1"
+
+
+def test_solve_writes_a_plan_that_show_and_simulate_take(tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    trace = tmp_path / "trace.json"
+    arguments = ["--model", "tiny-gpt", "--cluster", "a100-80gb:4", "--global-batch-size", "16", "--pp", "2", "--forbid", "schedule=GPipe"]
+    done = plan("solve", *arguments, "-o", path, "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document == json.loads(Path(path).read_text())
+    assert document["solver"]["status"] == "optimal" and document["solver"]["gap_fraction"] == 0
+    assert document["decisions"]["pipeline_parallel"] == 2 and document["decisions"]["schedule"] != "GPipe"
+    assert plan("show", path).returncode == 0
+    simulated = json.loads(plan("simulate", path, "--trace", str(trace), "--json").stdout)
+    assert len(simulated["pipeline_ranks"]) == 2 and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_what_cannot_fit_has_status_3_and_repairs() -> None:
+    done = plan("solve", "--model", "gpt3", "--cluster", "a100-80gb:1", "--global-batch-size", "8")
+    assert done.returncode == 3 and done.stdout == ""
+    assert "short" in done.stderr and "would fit" in done.stderr and "Traceback" not in done.stderr

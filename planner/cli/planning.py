@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner import documents
 from planner.cli.options import (
+    NUMBER,
     Request,
     cluster_of,
     constraints_of,
@@ -23,7 +24,10 @@ from planner.cli.options import (
     training_of,
 )
 from planner.errors import InputError
-from planner.plan import Plan, load_plan, replace
+from planner.plan import Inputs, Plan, load_plan, replace
+
+if TYPE_CHECKING:
+    from planner.candidates import Constraints
 
 
 def print_json(document: Any) -> None:
@@ -218,9 +222,11 @@ def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: 
 @click.command()
 @request_options
 @click.option("-o", "--output", type=click.Path(), help="Where to write the plan.")
+@click.option("--within-days", type=NUMBER, help="The fewest GPUs of the cluster that train --num-tokens in so many days.")
+@click.option("--within-gpu-hours", type=NUMBER, help="The fastest plan, on any number of the cluster's GPUs, that trains --num-tokens for so many.")
 @solver_options
 @json_option
-def solve(output: str | None, as_json: bool, **options: Any) -> int:
+def solve(output: str | None, within_days: float | None, within_gpu_hours: float | None, as_json: bool, **options: Any) -> int:
     """The ILP: degrees, micro-batch, ZeRO, recompute, schedule and pipeline cuts; what is given is fixed."""
     constraints = constraints_of(options)
     request = request_of(options)
@@ -228,9 +234,7 @@ def solve(output: str | None, as_json: bool, **options: Any) -> int:
     inputs = inputs_of(request)
     if output is not None:
         require_folder(output)
-    from planner.search import search
-
-    plan = _with_run(search(inputs, constraints), request)
+    plan = _with_run(_solved(inputs, constraints, request, within_days, within_gpu_hours), request)
     if output is not None:
         documents.write_text(output, documents.dumps(plan))
     if as_json:
@@ -240,6 +244,25 @@ def solve(output: str | None, as_json: bool, **options: Any) -> int:
         if output is not None:
             click.echo(f"wrote {output}; next: plan show, plan simulate, plan dry-run, plan run or plan report {output}", err=True)
     return 0
+
+
+def _solved(inputs: Inputs, constraints: Constraints, request: Request, within_days: float | None, within_gpu_hours: float | None) -> Plan:
+    """The best plan on all GPUs, or by the goal that was given."""
+    from planner.goals import fastest_within, fewest_gpus
+    from planner.search import search
+
+    if within_days is None and within_gpu_hours is None:
+        return search(inputs, constraints)
+    if within_days is not None and within_gpu_hours is not None:
+        raise InputError("--within-gpu-hours", within_gpu_hours, "it can't be given together with --within-days")
+    tokens = request.num_tokens or inputs.model.num_training_tokens
+    if tokens is None:
+        raise InputError("--num-tokens", None, "it is required here: the tokens of the whole training run")
+    steps = tokens / (inputs.training.global_batch_size * inputs.training.sequence_length)
+    if within_days is not None:
+        return fewest_gpus(inputs, constraints, within_days * 86400 / steps)
+    assert within_gpu_hours is not None
+    return fastest_within(inputs, constraints, within_gpu_hours * 3600 / steps)
 
 
 def _show_plan(plan: Plan, *, short: bool) -> None:
