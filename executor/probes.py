@@ -1,6 +1,6 @@
 """Short measurements of one device: matrix products, memory traffic, attention, the executor's own layers, the optimizer.
 
-Each returns the seconds of one call, a low quantile of many, since noise on a shared machine only ever adds.
+Each returns the seconds of one call, the median of many, as a run's figures are medians of its steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from planner.calibration import LayerPoint, MatmulPoint, MemoryPoint, OptimizerP
 from planner.model import ModelSpec, presets
 from planner.plan import Decisions, Precision, make_stages, replace
 
-QUANTILE = 0.15
 MATMULS = ((64, 64, 64), (256, 192, 64), (256, 64, 256), (512, 512, 512), (256, 1024, 256), (1024, 1024, 1024), (1024, 256, 64), (64, 256, 1024))
 CUDA_MATMULS = (
     (512, 512, 512), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 512), (8192, 12288, 4096), (8192, 1024, 8192),
@@ -64,7 +63,7 @@ def layer_shapes(device: str) -> list[Shape]:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_seconds: float = 0.06, least: int = 5) -> float:
-    """A low quantile of the time of `call`, from at least `least` calls and about `budget_seconds` in all."""
+    """The median time of `call`, from at least `least` calls and about `budget_seconds` in all."""
     def once() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -77,7 +76,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, budget_seconds:
     first = min(once() for _ in range(2))
     count = max(least, min(400, int(budget_seconds / max(first, 1e-7))))
     found = sorted(once() for _ in range(count))
-    return found[int(QUANTILE * (count - 1))]
+    return found[count // 2]
 
 
 def matmul_points(device: torch.device) -> Iterator[MatmulPoint]:
@@ -136,11 +135,11 @@ def _stage_compute(shape: Shape, sizes: tuple[int, ...], rank: int, device: torc
 
 
 def layer_points(shape: Shape, device: torch.device, budget_seconds: float = 0.05) -> Iterator[LayerPoint]:
-    """Forward and backward pass of the executor's stages: the embedding, one block, three blocks, the head."""
+    """Forward and backward pass of the executor's stages: the embedding, one block, four blocks, the head."""
     tokens = shape.micro_batch_size * shape.sequence_length
     dtype = torch.float32 if shape.precision == "fp32" else torch.bfloat16
     cuts: tuple[tuple[Literal["embedding", "block", "head"], int, tuple[int, ...]], ...] = (
-        ("embedding", 0, (1, 1, 1)), ("block", 1, (1, 1, 1)), ("block", 1, (1, 3, 1)), ("head", 2, (1, 1, 1)),
+        ("embedding", 0, (1, 1, 1)), ("block", 1, (1, 1, 1)), ("block", 1, (1, 4, 1)), ("head", 2, (1, 1, 1)),
     )  # fmt: skip
     for kind, rank, sizes in cuts:
         compute, state = _stage_compute(shape, sizes, rank, device)
@@ -160,7 +159,7 @@ def layer_points(shape: Shape, device: torch.device, budget_seconds: float = 0.0
             _sync(device)
             backward.append(time.perf_counter() - middle)
             forward.append(middle - start)
-        place = int(QUANTILE * (len(forward) - 1))
+        place = len(forward) // 2
         yield LayerPoint(
             shape.model, kind, sizes[1] if rank == 1 else 1, shape.micro_batch_size, shape.sequence_length, shape.precision,
             sorted(forward)[place], sorted(backward)[place],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ def run_ranks(world_size: int, function: Callable[..., None], arguments: tuple[A
     is interrupted, the other ranks are stopped.
     """
     context = multiprocessing.get_context("spawn")
+    before = _exit_on_terminate()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [context.Process(target=_call, args=(function, rank, world_size, store, *arguments), daemon=True) for rank in range(world_size)]
@@ -38,6 +41,15 @@ def run_ranks(world_size: int, function: Callable[..., None], arguments: tuple[A
                     process.terminate()
             for process in processes:
                 process.join(10)
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _exit_on_terminate() -> Any:
+    """From now on SIGTERM ends this process as an exception does, so that its ranks are stopped. Returns the handler before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _call(function: Callable[..., None], rank: int, world_size: int, store: str, *arguments: Any) -> None:
