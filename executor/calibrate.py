@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from executor.probe_links import collective_points, message_points
-from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points, step_point, step_shapes
+from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
 from executor.processes import processor_name, run_ranks
 from planner.calibration import Measurements, Residual, fit
 from planner.cluster import ClusterSpec
@@ -111,7 +111,7 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
     works = cores is None or local_rank < cores
     say(f"{min(per_node, cores or per_node)} ranks of a node at once: matrix products, memory, layers, optimizer")
     rounds = [_measure_device(device, works, index, say) for index in range(ROUNDS)]
-    matmuls, memory, layers, optimizer, steps = (_fastest(points) for points in zip(*rounds, strict=True))
+    matmuls, memory, layers, optimizer = (_fastest(points) for points in zip(*rounds, strict=True))
     dist.barrier()
     say(f"collectives and messages between {world} ranks")
     collectives = list(collective_points(device, per_node)) if world > 1 else []
@@ -128,7 +128,6 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
         memory=memory,
         layers=layers,
         optimizer=optimizer,
-        steps=steps,
         collectives=tuple(collectives),
         messages=tuple(messages),
     )
@@ -145,13 +144,9 @@ def _measure_device(device: torch.device, works: bool, index: int, say: Any) -> 
     for shape in layer_shapes(device.type):
         dist.barrier()
         layers += list(layer_points(shape, device)) if works else []
-    steps: list[Any] = []
-    for shape in step_shapes(device.type):
-        dist.barrier()
-        steps += [step_point(shape, device)] if works else []
     dist.barrier()
     say(f"round {index + 1} of {ROUNDS} done")
-    return found[0], found[1], layers, found[2], steps
+    return found[0], found[1], layers, found[2]
 
 
 def _fastest(rounds: tuple[list[Any], ...]) -> tuple[Any, ...]:

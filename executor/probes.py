@@ -13,18 +13,14 @@ from typing import Literal
 
 import torch
 
-from executor.data import Data, open_tokens
 from executor.functions import State
 from executor.mesh import Axis, Mesh
 from executor.model import build_stages
 from executor.optimizer import OptimizerOptions, UnitOptimizer
 from executor.pipeline import StageCompute
-from executor.train import RunOptions, Trainer
-from planner.calibration import LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint, StepPoint
-from planner.cluster import presets as clusters
-from planner.cluster import with_num_gpus
+from planner.calibration import LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint
 from planner.model import ModelSpec, presets
-from planner.plan import Decisions, Inputs, Memory, Plan, Precision, Predictions, SolverReport, Time, Training, digest, make_stages, replace
+from planner.plan import Decisions, Precision, make_stages, replace
 
 MATMULS = ((64, 64, 64), (256, 192, 64), (256, 64, 256), (512, 512, 512), (256, 1024, 256), (1024, 1024, 1024), (1024, 256, 64), (64, 256, 1024))
 CUDA_MATMULS = (
@@ -169,53 +165,6 @@ def layer_points(shape: Shape, device: torch.device, budget_seconds: float = 0.0
             sorted(forward)[place], sorted(backward)[place],
         )  # fmt: skip
         del compute, state
-
-
-def step_point(shape: Shape, device: torch.device, num_steps: int = 8) -> StepPoint:
-    """Training steps of a rank by itself, four micro-batches each; medians."""
-    decisions = Decisions(
-        data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=shape.micro_batch_size, num_microbatches=4,
-        stages=make_stages((shape.model.num_layers + 2,), ["none"], (0,)),
-    )  # fmt: skip
-    training = Training(global_batch_size=4 * shape.micro_batch_size, sequence_length=shape.sequence_length, precision=shape.precision)
-    inputs = Inputs(model=shape.model, cluster=with_num_gpus(clusters()["cpu"], 1), training=training)
-    plan = _unpredicted(inputs, decisions)
-    trainer = Trainer(plan, _lonely_mesh(0), RunOptions(), device)
-    data = Data(open_tokens(None, shape.model.vocab_size), shape.model.vocab_size, shape.sequence_length, training.global_batch_size, 0)
-    found: dict[str, list[float]] = {"F": [], "B": [], "REDUCE": [], "OPTIMIZER": [], "rest": []}
-    for step in range(num_steps):
-        started = time.perf_counter()
-        trainer.load(data)
-        float(trainer.step().loss)
-        seconds = time.perf_counter() - started
-        if step < 2:
-            continue
-        records = trainer.recorder.records()
-        for record in records:
-            found[record.kind].append((record.end - record.start) / 1e9)
-        found["rest"].append(seconds - sum(record.end - record.start for record in records) / 1e9)
-    forward, backward, _, optimizer, rest = (sorted(values)[len(values) // 2] for values in found.values())
-    return StepPoint(shape.model, shape.micro_batch_size, shape.sequence_length, shape.precision, forward, backward, optimizer, rest)
-
-
-def _unpredicted(inputs: Inputs, decisions: Decisions) -> Plan:
-    """A plan without predictions, which training does not read."""
-    nothing = Predictions(memory=Memory.of(0, 0, 0), pipeline_ranks=(), time=Time())
-    solver = SolverReport(
-        name="none", status="given", objective_seconds=None, bound_seconds=None, gap_fraction=None, num_candidates=1, num_pruned=0, wall_seconds=0.0
-    )
-    return Plan(inputs=inputs, inputs_hash=digest(inputs), decisions=decisions, predictions=nothing, solver=solver)
-
-
-def step_shapes(device: str) -> list[Shape]:
-    """Models to train for a moment."""
-    if device == "cuda":
-        return [Shape(_variant("tiny-llama", 2048, 16), 4, 256, "mixed-bf16"), Shape(_variant("tiny-gpt", 2048, 16), 8, 256, "mixed-bf16")]
-    return [
-        Shape(replace(_variant("tiny-gpt", 128, 4), num_layers=6), 4, 128, "fp32"),
-        Shape(replace(_variant("tiny-llama", 256, 8), num_layers=4), 4, 64, "fp32"),
-        Shape(replace(_variant("tiny-gpt", 128, 4), num_layers=4), 1, 128, "fp32"),
-    ]
 
 
 def optimizer_points(device: torch.device) -> Iterator[OptimizerPoint]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link
-from planner.graph import LayerKind, layer_kinds
+from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds
 from planner.model import ModelSpec, presets
@@ -50,19 +50,6 @@ class LayerPoint(NamedTuple):
     precision: Precision
     forward_seconds: float
     backward_seconds: float
-
-
-class StepPoint(NamedTuple):
-    """Whole training steps on one rank: one micro-batch's passes, the optimizer's action, and what lies outside all actions."""
-
-    model: ModelSpec
-    micro_batch_size: int
-    sequence_length: int
-    precision: Precision
-    forward_seconds: float
-    backward_seconds: float
-    optimizer_seconds: float
-    rest_seconds: float
 
 
 class OptimizerPoint(NamedTuple):
@@ -107,7 +94,6 @@ class Measurements(NamedTuple):
     optimizer: tuple[OptimizerPoint, ...]
     collectives: tuple[CollectivePoint, ...] = ()
     messages: tuple[MessagePoint, ...] = ()
-    steps: tuple[StepPoint, ...] = ()
     reserved_bytes: int = 0
 
 
@@ -130,7 +116,6 @@ def fit(measured: Measurements) -> Fit:
     cluster = _fit_compute(_start(measured), measured)
     cluster = _fit_layer_scales(cluster, measured.layers)
     cluster = _fit_optimizer(cluster, measured.optimizer)
-    cluster = _fit_steps(cluster, measured.steps)
     for inside in (True, False):
         cluster = _fit_link(cluster, measured, inside)
     cluster = _fit_curves(cluster, measured.collectives)
@@ -278,30 +263,6 @@ def _fit_optimizer(cluster: ClusterSpec, points: Sequence[OptimizerPoint]) -> Cl
     return replace(cluster, efficiency=replace(cluster.efficiency, optimizer_scale=cluster.efficiency.optimizer_scale * scale))
 
 
-def _fit_steps(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
-    """What a layer takes in training over what it takes alone, where memory is warm, and the fixed cost of a step."""
-    if not points:
-        return cluster
-    efficiency = cluster.efficiency
-    passes = [_passes_prediction(cluster, point) for point in points]
-    forward = statistics.median(point.forward_seconds / found[0] for point, found in zip(points, passes, strict=True))
-    backward = statistics.median(point.backward_seconds / found[1] for point, found in zip(points, passes, strict=True))
-    scales = {name: scale * (forward if name.endswith("forward") else backward) for name, scale in efficiency.layer_scale.items()}
-    updates = [_optimizer_prediction(cluster, OptimizerPoint(point.precision, point.model.num_parameters, 1.0)) for point in points]
-    fixed = [point.rest_seconds + point.optimizer_seconds - update for point, update in zip(points, updates, strict=True)]
-    return replace(cluster, efficiency=replace(efficiency, layer_scale=scales, step_seconds=max(0.0, statistics.median(fixed))))
-
-
-def _passes_prediction(cluster: ClusterSpec, point: StepPoint) -> tuple[float, float]:
-    """Forward and backward seconds of one micro-batch through all layers."""
-    forward = backward = 0.0
-    for kind in layer_kinds(point.model):
-        layer = LayerPoint(point.model, kind, 1, point.micro_batch_size, point.sequence_length, point.precision, 1.0, 1.0)
-        found = layer_seconds(*_one_rank(cluster, layer), kind)
-        forward, backward = forward + found.forward, backward + found.backward
-    return forward, backward
-
-
 def _optimizer_prediction(cluster: ClusterSpec, point: OptimizerPoint) -> float:
     any_layer = LayerPoint(presets()["tiny-gpt"], "block", 1, 1, 1, point.precision, 1.0, 1.0)
     return optimizer_seconds(*_one_rank(cluster, any_layer), point.num_parameters)
@@ -377,14 +338,7 @@ def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
         return (curve.latency_seconds + point.num_bytes / curve.bandwidth_bytes_per_second) / point.seconds
 
     layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
-    steps = [
-        ratio
-        for point in measured.steps
-        for predicted, seen in zip(_passes_prediction(cluster, point), (point.forward_seconds, point.backward_seconds), strict=True)
-        for ratio in (predicted / seen,)
-    ]
     return [
-        _residual("training steps", steps),
         _residual("matrix products", _matmul_ratios(cluster, measured.matmuls)),
         _residual("memory traffic", _memory_ratios(cluster, measured.memory)),
         *(_residual(f"{kind} layers", ratios) for kind, ratios in layers.items()),
