@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from planner.cli.options import NUMBER, POSITIVE, json_option, require_folder
+from planner.cli.options import POSITIVE, json_option, require_folder
 from planner.errors import InputError, MeshwrightError
 from planner.plan import load_plan
 
@@ -44,12 +44,6 @@ def start(arguments: Sequence[str], *, threads: int | None = 1) -> int:
         raise
 
 
-def torchrun(plan_file: str, world_size: int, arguments: Sequence[str]) -> int:
-    """The plan on `world_size` processes of this machine, by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "-m", "executor", plan_file]
-    return start([*launcher, *arguments])
-
-
 def _arguments(**options: Any) -> list[str]:
     """Options as command-line arguments; None and False are left out."""
     out: list[str] = []
@@ -62,26 +56,12 @@ def _arguments(**options: Any) -> list[str]:
     return out
 
 
-@click.command()
-@click.argument("plan_file", metavar="PLAN", type=click.Path())
-@click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimizer steps.")
-@click.option("--data", type=click.Path(), help="A text file (bytes are the tokens) or a token file. Default: a text that ships with Meshwright.")
-@click.option("-o", "--output", type=click.Path(), help="Where to write the run document.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--learning-rate", type=NUMBER, help="Peak learning rate.")
-@click.option("--rehearse", is_flag=True, help="Real processes and messages; compute takes its predicted time instead of computing.")
-@click.option("--resume", type=click.Path(), help="Go on from this checkpoint folder.")
-@click.option("--checkpoint-every", type=POSITIVE, help="Steps between checkpoints.")
-def run(plan_file: str, steps: int, data: str | None, output: str | None, **options: Any) -> int:
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="PLAN [OPTIONS]")
+def run(arguments: tuple[str, ...]) -> int:
     """Starts torchrun with the right arguments, and trains by the plan."""
-    plan = load_plan(plan_file, "PLAN")
     need_executor()
-    if data is not None and not Path(data).is_file():
-        raise InputError("--data", data, "a readable file is expected")
-    if output is not None:
-        require_folder(output)
-    arguments = _arguments(steps=steps, data=data, output=output, **options)
-    return torchrun(plan_file, plan.decisions.world_size, arguments)
+    return start(["-m", "executor.start", *arguments])
 
 
 @click.command("dry-run")
@@ -261,7 +241,7 @@ def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, s
             click.echo(f"[{index + 1}/{len(document.paradigms)}] running {paradigm.name}", err=True)
             plan_file, run_file = Path(folder) / f"plan{index}.json", Path(folder) / f"run{index}.json"
             write_text(plan_file, dumps(as_plan(inputs, paradigm.decisions, predict(inputs, paradigm.decisions))))
-            status = torchrun(str(plan_file), document.world_size, ["--steps", str(steps), "--output", str(run_file)])
+            status = start(["-m", "executor.start", str(plan_file), "--steps", str(steps), "--output", str(run_file)])
             if status:
                 measured.append(replace(paradigm, why_not=f"the run ended with status {status}"))
                 continue

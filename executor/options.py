@@ -1,0 +1,96 @@
+"""The executor's command line: the options of a run, checked as far as they can be without the plan. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from planner.errors import InputError
+
+RUN = "Runs a plan. Start it with torchrun, one process per rank."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises InputError, one line, where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        what, _, given = message.partition(": ")
+        if what.endswith("are required"):
+            raise InputError(given, "", f"it is missing; see {self.prog} --help")
+        raise InputError(what, given, f"see {self.prog} --help")
+
+
+def arguments(argv: list[str], prog: str = "python -m executor", about: str = RUN) -> argparse.Namespace:
+    """The options in `argv`. Raises InputError for a wrong one."""
+    parser = _Parser(prog=prog, description=about, allow_abbrev=False)
+
+    def whole(option: str, default: int, text: str, low: int = 0) -> None:
+        parser.add_argument(option, type=_whole(option, low), default=default, metavar="N", help=text)
+
+    def number(option: str, default: float, text: str, below: float = 1e6) -> None:
+        parser.add_argument(option, type=_number(option, below), default=default, metavar="X", help=text)
+
+    parser.add_argument("plan", metavar="PLAN", help="a plan document")
+    whole("--steps", 10, "optimizer steps (default 10)", low=1)
+    parser.add_argument("-o", "--output", metavar="FILE", help="where rank 0 writes the run document")
+    parser.add_argument("--data", metavar="FILE", help='text, a token .bin, or "synthetic" (default: a text that ships with the package)')
+    whole("--seed", 0, "of the initial weights and of the data (default 0)")
+    parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
+    number("--learning-rate", 3e-4, "its peak (default 3e-4)")
+    number("--min-learning-rate", 0.0, "where the cosine ends (default 0)")
+    whole("--warmup-steps", 0, "steps of linear warm-up (default 0)")
+    whole("--decay-steps", 0, "length of the cosine; 0: constant rate (default)")
+    number("--weight-decay", 0.1, "AdamW's (default 0.1)")
+    number("--clip-norm", 1.0, "global gradient norm to clip to; 0: no clipping (default 1)", below=1e12)
+    number("--dropout", 0.0, "probability (default 0)", below=1.0)
+    whole("--checkpoint-every", 0, "save every N steps; 0: never (default)")
+    parser.add_argument("--checkpoint-folder", default="checkpoints", metavar="FOLDER", help="where step-N go (default checkpoints)")
+    whole("--keep-checkpoints", 0, "keep only the newest N; 0: all (default)")
+    parser.add_argument("--resume", metavar="FOLDER", help="a checkpoint step-N, or the folder with them: its newest")
+    parser.add_argument("--load", metavar="FOLDER", help="start from the Hugging Face safetensors there (GPT-2 and Llama families)")
+    parser.add_argument("--compile", action="store_true", help="compile norms and activation functions (slow to start; pays on GPUs)")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="write scalars there (needs the extra `tensorboard`)")
+    device = _one_of("--device", ("auto", "cpu", "cuda"))
+    parser.add_argument("--device", type=device, default="auto", metavar="DEVICE", help="auto (default: a GPU where there is one), cpu or cuda")
+    number("--timeout", 600.0, "seconds that a collective may take (default 600)")
+    options = parser.parse_args(argv)
+    if options.timeout <= 0:
+        raise InputError("--timeout", options.timeout, "a positive number of seconds is expected")
+    return options
+
+
+def _whole(option: str, low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= 2**40:
+            raise InputError(option, text, f"a whole number of at least {low} is expected")
+        return value
+
+    return read
+
+
+def _number(option: str, below: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < below:
+            raise InputError(option, text, f"a number from 0 to below {below:g} is expected")
+        return value
+
+    return read
+
+
+def _one_of(option: str, values: tuple[str, ...]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in values:
+            raise InputError(option, text, f"one of {', '.join(values)} is expected")
+        return text
+
+    return read

@@ -1,0 +1,99 @@
+"""`plan run`: checks the command line, the plan and this machine, then becomes torchrun with one process per rank.
+
+What is wrong is said here, once and on one line, with the exit status that torchrun would bury in its own report.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from executor.options import arguments
+from planner.errors import DoesNotFitError, InputError, MeshwrightError
+from planner.plan import Plan, load_plan
+
+GIB = 2**30
+PROCESS_BYTES = 240 * 2**20
+"""Resident memory of a rank that has done nothing yet: torch and a gloo group, measured with torch 2.13 on Linux."""
+
+ABOUT = "Starts torchrun with one process per rank on this machine, and trains by the plan."
+
+
+def main(argv: list[str]) -> int:
+    """Returns an exit status when something is wrong; else this process becomes torchrun."""
+    try:
+        options = arguments(argv, "plan run", ABOUT)
+        plan = load_plan(options.plan, "PLAN")
+        check_files(options)
+        check_machine(plan, options)
+    except MeshwrightError as error:
+        sys.stderr.write(f"plan: {error}\n")
+        return error.exit_status
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.decisions.world_size)]
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "executor", *argv])
+
+
+def check_files(options: Namespace) -> None:
+    """Raises InputError for a file or folder that is not there."""
+    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
+        raise InputError("--output", options.output, "a file in an existing folder is expected")
+    if options.data not in (None, "synthetic") and not Path(options.data).is_file():
+        raise InputError("--data", options.data, "a readable file is expected")
+    for name in ("resume", "load"):
+        folder = getattr(options, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"--{name}", folder, "an existing folder is expected")
+
+
+def check_machine(plan: Plan, options: Namespace) -> None:
+    """Raises InputError when this machine has too few GPUs for the plan, DoesNotFitError when it has too little memory."""
+    import torch
+
+    world = plan.decisions.world_size
+    gpus = torch.cuda.device_count() if options.device != "cpu" and not options.rehearse else 0
+    if gpus == 0:
+        if options.device == "cuda":
+            raise InputError("--device", "cuda", "no CUDA device is available")
+        check_host_memory([0] * world if options.rehearse else peaks(plan), available_bytes())
+        return
+    if gpus < world:
+        allowed = f"it needs {world} GPUs and this machine has {gpus}: start it with torchrun on several nodes, or with --device cpu"
+        raise InputError("PLAN", options.plan, allowed)
+    smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(world))
+    if max(peaks(plan)) > smallest:
+        raise DoesNotFitError(f"the plan needs {max(peaks(plan)) / GIB:.1f} GiB on its fullest GPU; here a GPU has {smallest / GIB:.1f} GiB")
+
+
+def peaks(plan: Plan) -> list[int]:
+    """The predicted peak of every rank, in bytes."""
+    copies = plan.decisions.world_size // plan.decisions.pipeline_parallel
+    return [rank.memory.total_bytes for rank in plan.predictions.pipeline_ranks for _ in range(copies)]
+
+
+def check_host_memory(need: Sequence[int], available: int) -> None:
+    """Raises DoesNotFitError when ranks that need these bytes can't all run in the memory that the machine has left."""
+    total = sum(need) + PROCESS_BYTES * len(need)
+    if total > available:
+        raise DoesNotFitError(
+            f"{len(need)} ranks on this machine's CPUs need {total / GIB:.1f} GiB, of which {available / GIB:.1f} GiB are free; "
+            "would fit: `plan dry-run` (one rank, no memory), `plan run --rehearse` (no weights), or more nodes with torchrun"
+        )
+
+
+def available_bytes() -> int:
+    """Memory that new processes can have, in bytes: what is free here, and no more than this container's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return free
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

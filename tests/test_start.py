@@ -1,0 +1,58 @@
+"""`plan run` before torchrun: its options, and whether this machine can hold the plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from executor.options import arguments
+from executor.start import GIB, PROCESS_BYTES, check_host_memory, peaks
+from planner.documents import dumps, write_text
+from planner.errors import DoesNotFitError, InputError
+from planner.plan import replace
+from tests.plans import make_plan
+
+
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        ([], "PLAN"),
+        (["p.json", "--steps", "0"], "--steps"),
+        (["p.json", "--steps", "many"], "--steps"),
+        (["p.json", "--dropout", "1"], "--dropout"),
+        (["p.json", "--learning-rate", "nan"], "--learning-rate"),
+        (["p.json", "--device", "tpu"], "--device"),
+        (["p.json", "--timeout", "0"], "--timeout"),
+        (["p.json", "--step", "3"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_option_is_named(argv: list[str], field: str) -> None:
+    with pytest.raises(InputError) as error:
+        arguments(argv)
+    assert error.value.field == field
+
+
+def test_ranks_that_exceed_the_free_memory_are_refused_with_what_would_fit() -> None:
+    check_host_memory([3 * GIB, 4 * GIB], 7 * GIB + 2 * PROCESS_BYTES)
+    with pytest.raises(DoesNotFitError, match=r"2 ranks .* would fit: `plan dry-run`"):
+        check_host_memory([3 * GIB, 4 * GIB], 7 * GIB + 2 * PROCESS_BYTES - 1)
+
+
+def test_every_rank_counts_with_its_own_pipeline_ranks_peak() -> None:
+    plan = make_plan(dp=2, pp=2)
+    first, last = (rank.memory.total_bytes for rank in plan.predictions.pipeline_ranks)
+    assert peaks(plan) == [first, first, last, last]
+
+
+def test_plan_run_refuses_a_plan_for_a_larger_machine_before_it_starts_a_rank(tmp_path: Path) -> None:
+    plan = make_plan(pp=2)
+    ranks = tuple(replace(rank, memory=replace(rank.memory, total_bytes=2**50)) for rank in plan.predictions.pipeline_ranks)
+    path = tmp_path / "plan.json"
+    write_text(path, dumps(replace(plan, predictions=replace(plan.predictions, pipeline_ranks=ranks))))
+    run = tmp_path / "run.json"
+    done = subprocess.run([sys.executable, "-m", "executor.start", str(path), "-o", str(run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1 and "would fit" in done.stderr
+    assert not run.exists()
