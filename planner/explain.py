@@ -38,8 +38,8 @@ def kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     if level == "none":
         terms.append(Term("attention norm's output", rows, shape.row, per, "input of the query, key and value projections; selective recomputes it"))
     terms += [
-        Term("query, key, value", "T·(a + 2k)·d·e / t", shape.qkv, per, "inputs of the attention; its scores are never stored"),
-        Term("attention output", "T·a·d·e / t", shape.query, per, "input of the output projection"),
+        Term("query, key, value", "T·(a + 2k)·D·e / t", shape.qkv, per, "inputs of the attention; its scores are never stored"),
+        Term("attention output", "T·a·D·e / t", shape.query, per, "input of the output projection"),
         Term("attention's log-sum-exp", "T·a·4 / t", shape.head_stats, per, "one fp32 per token and head: the scores again, in the backward pass"),
         Term("MLP input", rows, shape.row, per, "the second norm's input"),
         Term("MLP norm's statistics", "R·2·e or R·4", shape.stats, per, "as above"),
@@ -51,6 +51,16 @@ def kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     if level == "none":
         terms.append(Term("activation's output", "T·f·e / t", shape.inner, per, "input of the second projection; selective recomputes it"))
     return terms
+
+
+def symbols(inputs: Inputs, decisions: Decisions) -> str:
+    """What the letters of the formulas stand for, with their values in this plan."""
+    model, shape = inputs.model, shape_of(inputs, decisions)
+    return (
+        f"T = {shape.tokens:,} tokens of a micro-batch; R = {shape.rows:,} rows of an activation (T / t with sequence parallelism); "
+        f"t = {decisions.tensor_parallel} tensor-parallel ranks; h = {model.hidden_size:,}; f = {model.ffn_hidden_size:,}; "
+        f"a = {model.num_attention_heads} heads; k = {model.num_key_value_heads} key-value heads; D = {model.head_dim} a head; e = {shape.e} bytes"
+    )
 
 
 def explain_memory(inputs: Inputs, decisions: Decisions) -> list[Term]:

@@ -96,7 +96,8 @@ def paradigms(model: ModelSpec, cluster: ClusterSpec, training: Training, world_
             decisions = _decide(inputs, way, world_size, micro_batch_size)
             check(inputs, decisions, way.name)
         except InputError as error:
-            found.append(Paradigm(name=way.name, what_is_split=way.split, what_is_sent=way.sent, decisions=None, why_not=str(error)))
+            reason = str(error).removeprefix(f"{way.name}: decisions.")
+            found.append(Paradigm(name=way.name, what_is_split=way.split, what_is_sent=way.sent, decisions=None, why_not=reason))
             continue
         predictions = predict(inputs, decisions)
         sent = [communication_bytes(inputs, decisions, rank) for rank in range(decisions.pipeline_parallel)]

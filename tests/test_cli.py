@@ -103,3 +103,10 @@ def test_what_cannot_fit_has_status_3_and_repairs() -> None:
     done = plan("solve", "--model", "gpt3", "--cluster", "a100-80gb:1", "--global-batch-size", "8")
     assert done.returncode == 3 and done.stdout == ""
     assert "short" in done.stderr and "would fit" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_explain_names_every_term_and_its_letters_without_degrees_too() -> None:
+    whole = plan("estimate", "--model", "gpt3", "--explain").stdout
+    split = plan("estimate", "--model", "gpt3", "--cluster", "a100-80gb:64", "--tp", "8", "--pp", "8", "--explain").stdout
+    assert "2 B x 174,604,259,328" in whole and "query, key, value" in whole and "t = 1 tensor-parallel" in whole
+    assert "attention output" in split and "t = 8 tensor-parallel" in split

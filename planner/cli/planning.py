@@ -28,6 +28,10 @@ from planner.plan import Inputs, Plan, load_plan, replace
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
+    from planner.cluster import ClusterSpec
+    from planner.defaults import Fixed
+    from planner.model import ModelSpec
+    from planner.plan import Decisions, Training
 
 
 def print_json(document: Any) -> None:
@@ -91,7 +95,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
 @click.command()
 @request_options
 @click.option("--gpus", help="A sweep: numbers of GPUs such as 64,128,256, each with its best plan.")
-@click.option("--explain", is_flag=True, help="Every term of the memory model: bytes, and why.")
+@click.option("--explain", is_flag=True, help="Every term of the memory model of the fullest GPU: bytes, per what, and why.")
 @click.option("-o", "--output", type=click.Path(), help="With --gpus: where to write a page with the sweep.")
 @json_option
 def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool, **options: Any) -> int:
@@ -114,9 +118,28 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
         if as_json:
             print_json(wall)
         else:
-            click.echo(text.show(*plans.wall_view(wall), "", text.notes("Assumptions", wall.assumptions)), nl=False)
+            terms = _explained_on_one_gpu(model, cluster, training, fixed_of(request)) if explain else []
+            click.echo(text.show(*plans.wall_view(wall), *terms, "", text.notes("Assumptions", wall.assumptions)), nl=False)
         return 0
     return _estimate_plan(request, explain, as_json)
+
+
+def _explained(inputs: Inputs, decisions: Decisions) -> list[Any]:
+    """The memory of the fullest GPU, term by term, and what the letters mean."""
+    from planner.explain import explain_memory, symbols
+    from planner.tables import plans
+
+    return ["", plans.explain_table(explain_memory(inputs, decisions)), symbols(inputs, decisions)]
+
+
+def _explained_on_one_gpu(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: Fixed) -> list[Any]:
+    """The same for the whole model on one GPU, with one sample, and without recomputation unless that is given."""
+    from planner.cluster import with_num_gpus
+    from planner.defaults import complete
+
+    fixed = dataclasses.replace(fixed, recompute=fixed.recompute or "none")
+    one = complete(model, with_num_gpus(cluster, 1), training, fixed, batch_given=False)
+    return _explained(one.inputs, one.decisions)
 
 
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
@@ -144,9 +167,7 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
         if document.zero_offload_rows:
             parts.append(plans.offload_view(document))
         if explain:
-            from planner.explain import explain_memory
-
-            parts.append(plans.explain_table(explain_memory(completed.inputs, completed.decisions)))
+            parts.extend([*_explained(completed.inputs, completed.decisions), ""])
         parts.extend(part for part in (text.notes("Warnings", document.warnings), text.notes("Assumptions", document.assumptions)) if part)
         click.echo(text.show(*parts), nl=False)
     if document.fits:
