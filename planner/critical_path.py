@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
-from planner.schedule import compute_actions
+from planner.schedule import compute_order
 
 Key = tuple[str, int]
 """What takes time: ("F" | "B" | "I" | "W" | "REDUCE" | "SEND_F" | "SEND_B", stage) or ("OPTIMIZER", pipeline rank)."""
@@ -47,19 +47,13 @@ class Graph:
     """Index of the last action of each pipeline rank."""
 
     def ends(self, seconds: Mapping[Key, float]) -> list[float]:
-        """When each action ends, in seconds from the start of the step."""
+        """When each action ends, in seconds from the start of the step; one more entry, of 0, stands for no action."""
         durations = [seconds.get(key, 0.0) for key in self.keys]
         durations.append(0.0)  # message -1
-        found: list[float] = []
-        append = found.append
-        found_at = found.__getitem__
-        for key, previous, needs, message in zip(self.key_of, self.previous, self.needs, self.message, strict=True):
-            start = found_at(previous) if previous >= 0 else 0.0
-            if needs >= 0:
-                arrival = found_at(needs) + durations[message]
-                if arrival > start:
-                    start = arrival
-            append(start + durations[key])
+        found = [0.0] * (len(self.key_of) + 1)  # action -1
+        for index, key, previous, needs, message in zip(range(len(self.key_of)), self.key_of, self.previous, self.needs, self.message, strict=True):
+            start, arrival = found[previous], found[needs] + durations[message]
+            found[index] = (arrival if arrival > start else start) + durations[key]
         return found
 
     def longest(self, seconds: Mapping[Key, float]) -> float:
@@ -127,60 +121,68 @@ class Graph:
 @functools.lru_cache(maxsize=256)
 def graph(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> Graph:
     """The graph of a schedule's step: its compute actions, a reduction after each stage's last backward, the optimizer."""
-    ranks = stage_ranks(schedule, pipeline_parallel, num_virtual_stages)
-    lists = [_with_tail(schedule, ranks, rank, actions, num_microbatches) for rank, actions in
-             enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, num_microbatches))]
+    m, ranks = num_microbatches, stage_ranks(schedule, pipeline_parallel, num_virtual_stages)
+    lists = compute_order(schedule, pipeline_parallel, num_virtual_stages, m)
     numbers: dict[Key, int] = {}
-    place = {kind: [-1] * (len(ranks) * num_microbatches) for kind in "FBI"}  # by stage and micro-batch
+    steps = _steps(schedule, ranks, m, numbers)
+    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
+    left = [m] * len(ranks)
+    place = [-2] * (3 * len(ranks) * m)  # of each forward, backward and weight gradient; -2 as long as it is not there
     key_of: list[int] = []
     previous: list[int] = []
     needs: list[int] = []
     message: list[int] = []
     positions, last = [0] * len(lists), [-1] * len(lists)
-    last_stage = len(ranks) - 1
-    remaining = sum(map(len, lists))
-    while remaining:
-        before = remaining
-        for rank, actions in enumerate(lists):
-            position = positions[rank]
-            while position < len(actions):
-                kind, stage, microbatch = actions[position]
-                need, sent, known = -1, -1, place.get(kind)
-                if known is not None:
-                    source = stage - 1 if kind == "F" else stage + 1
-                    if 0 <= source <= last_stage:
-                        need = known[source * num_microbatches + microbatch]
-                        if need < 0:
-                            break
-                        if ranks[source] != ranks[stage]:
-                            sent = numbers.setdefault(("SEND_F" if kind == "F" else "SEND_B", source), len(numbers))
-                    known[stage * num_microbatches + microbatch] = len(key_of)
-                index = len(key_of)
-                key_of.append(numbers.setdefault((kind, stage), len(numbers)))
-                previous.append(last[rank])
+    going = True
+    while going:
+        going = False
+        for rank, order in enumerate(lists):
+            position, latest = positions[rank], last[rank]
+            for kind, stage, microbatch in order[position:] if position else order:
+                key, mine, source, sent = steps[kind, stage]
+                need = place[source + microbatch] if source >= 0 else -1
+                if need == -2:
+                    break
+                place[mine + microbatch] = index = len(key_of)
+                key_of.append(key)
+                previous.append(latest)
                 needs.append(need)
                 message.append(sent)
-                last[rank] = index
+                latest = index
                 position += 1
-                remaining -= 1
-            positions[rank] = position
-        if remaining == before:
-            raise RuntimeError(f"{schedule} with {pipeline_parallel} ranks and {num_microbatches} micro-batches waits for itself")
+                if kind == final_kind:
+                    left[stage] -= 1
+                    if left[stage] == 0:
+                        key_of.append(numbers.setdefault(("REDUCE", stage), len(numbers)))
+                        previous.append(latest)
+                        needs.append(-1)
+                        message.append(-1)
+                        latest = index + 1
+            going = going or position > positions[rank]
+            positions[rank], last[rank] = position, latest
+    if any(position < len(order) for position, order in zip(positions, lists, strict=True)):
+        raise RuntimeError(f"{schedule} with {pipeline_parallel} ranks and {m} micro-batches waits for itself")
+    for rank, latest in enumerate(last):
+        key_of.append(numbers.setdefault(("OPTIMIZER", rank), len(numbers)))
+        previous.append(latest)
+        needs.append(-1)
+        message.append(-1)
+        last[rank] = len(key_of) - 1
     return Graph(tuple(numbers), key_of, previous, needs, message, tuple(last))
 
 
-def _with_tail(
-    schedule: str, ranks: Sequence[int], rank: int, actions: Sequence[tuple[str, int, int]], num_microbatches: int
-) -> list[tuple[str, int, int]]:
-    """The compute actions with REDUCE after each stage's last backward and OPTIMIZER at the end."""
-    final_kind = "W" if schedule in SPLIT_BACKWARD_SCHEDULES else "B"
-    left = {stage: num_microbatches for stage, owner in enumerate(ranks) if owner == rank}
-    out: list[tuple[str, int, int]] = []
-    for kind, stage, microbatch in actions:
-        out.append((kind, stage, microbatch))
-        if kind == final_kind:
-            left[stage] -= 1
-            if left[stage] == 0:
-                out.append(("REDUCE", stage, 0))
-    out.append(("OPTIMIZER", rank, 0))
-    return out
+def _steps(schedule: str, ranks: Sequence[int], m: int, numbers: dict[Key, int]) -> dict[tuple[str, int], tuple[int, int, int, int]]:
+    """For each kind of action of each stage: its key, its place, the place of what it needs (-1: nothing) and its message's key.
+
+    Places are those of micro-batch 0; the others follow. A backward pass has the place of its input gradients.
+    """
+    final, found = len(ranks) - 1, {}
+    for stage, rank in enumerate(ranks):
+        for kind, row, source, sends in (("F", 0, stage - 1, "SEND_F"), ("B", 1, stage + 1, "SEND_B"), ("I", 1, stage + 1, "SEND_B"), ("W", 2, -1, "")):
+            if (kind in "IW") != (schedule in SPLIT_BACKWARD_SCHEDULES) and kind != "F":
+                continue
+            waits = 0 <= source <= final
+            sent = numbers.setdefault((sends, source), len(numbers)) if waits and ranks[source] != rank else -1
+            need = (row * (final + 1) + source) * m if waits else -1
+            found[kind, stage] = (numbers.setdefault((kind, stage), len(numbers)), (row * (final + 1) + stage) * m, need, sent)
+    return found

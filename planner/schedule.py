@@ -37,6 +37,8 @@ class Action(NamedTuple):
 
 
 Actions = tuple[Action, ...]
+Order = list[tuple[str, int, int]]
+"""Actions as plain tuples, which are much cheaper to make: for the search, which looks at hundreds of schedules."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,6 +47,13 @@ def compute_actions(schedule: str, pipeline_parallel: int, num_virtual_stages: i
 
     The arguments must have passed `planner.plan.check_schedule`.
     """
+    lists = compute_order(schedule, pipeline_parallel, num_virtual_stages, num_microbatches)
+    return tuple(tuple(map(Action._make, order)) for order in lists)
+
+
+@functools.lru_cache(maxsize=64)
+def compute_order(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> tuple[Order, ...]:
+    """`compute_actions` as plain tuples, not to be changed by whoever reads them."""
     p, v, m = pipeline_parallel, num_virtual_stages, num_microbatches
     if schedule == "ZBVZeroBubble":
         return tuple(_zbv(rank, p, m) for rank in range(p))
@@ -141,31 +150,29 @@ def _in_rounds(stages: list[int], num_microbatches: int, rounds: int) -> list[tu
 
 def _one_forward_one_backward(
     forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], warmup: int, weight_lag: int | None
-) -> Actions:
+) -> Order:
     """`warmup` forwards, then forward and backward in turn, then the rest of the backwards.
 
     With `weight_lag`, a backward is split, and its weight gradients run once more than that many are owed: a rank
     that waits longer in the drain keeps more of them to fill it with.
     """
-    out = [Action("F", *pair) for pair in forwards[:warmup]]
-    rest = iter(forwards[warmup:])
-    owed: list[tuple[int, int]] = []
-    for pair in backwards:
-        for forward in rest:
-            out.append(Action("F", *forward))
-            break
-        if weight_lag is None:
-            out.append(Action("B", *pair))
-            continue
-        out.append(Action("I", *pair))
-        owed.append(pair)
-        if len(owed) > weight_lag:
-            out.append(Action("W", *owed.pop(0)))
-    out.extend(Action("W", *pair) for pair in owed)
-    return tuple(out)
+    forward: Order = [("F", stage, microbatch) for stage, microbatch in forwards]
+    backward: Order = [("B" if weight_lag is None else "I", stage, microbatch) for stage, microbatch in backwards]
+    weights: Order = [] if weight_lag is None else [("W", stage, microbatch) for stage, microbatch in backwards]
+    out = forward[:warmup]
+    rest = forward[warmup:]
+    for index, action in enumerate(backward):
+        if index < len(rest):
+            out.append(rest[index])
+        out.append(action)
+        if weight_lag is not None and index >= weight_lag:
+            out.append(weights[index - weight_lag])
+    if weight_lag is not None:
+        out += weights[max(len(backward) - weight_lag, 0) :]
+    return out
 
 
-def _zbv(rank: int, pipeline_parallel: int, num_microbatches: int) -> Actions:
+def _zbv(rank: int, pipeline_parallel: int, num_microbatches: int) -> Order:
     """One rank of the ZB-V schedule: stage `rank` on the way down, stage `2p - 1 - rank` on the way up.
 
     Each phase says which of the two stages acts; micro-batches follow in order, and an action whose micro-batch does
@@ -173,13 +180,13 @@ def _zbv(rank: int, pipeline_parallel: int, num_microbatches: int) -> Actions:
     """
     down, up = rank, 2 * pipeline_parallel - 1 - rank
     counts: dict[tuple[str, int], int] = {}
-    out: list[Action] = []
+    out: Order = []
 
     def act(kind: str, stage: int) -> None:
         microbatch = counts.get((kind, stage), 0)
         counts[kind, stage] = microbatch + 1
         if microbatch < num_microbatches:
-            out.append(Action(kind, stage, microbatch))
+            out.append((kind, stage, microbatch))
 
     def done(kind: str, stage: int) -> int:
         return counts.get((kind, stage), 0)
@@ -211,4 +218,4 @@ def _zbv(rank: int, pipeline_parallel: int, num_microbatches: int) -> Actions:
     for stage in (up, down):
         while done("W", stage) < num_microbatches:
             act("W", stage)
-    return tuple(out)
+    return out
