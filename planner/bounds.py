@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 from planner.chain import Costs, Layer, regular_sizes
 from planner.layer_time import LayerSeconds
+from planner.pipeline import Piece
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, Recompute, stage_ranks
-from planner.solver import Piece
 
 
 def whole_seconds(seconds: dict[Layer, LayerSeconds], num_blocks: int, levels: tuple[Recompute, ...]) -> float:

@@ -24,7 +24,9 @@ from planner.layer_time import (
 )
 from planner.memory import boundary_bytes, fixed_bytes, layer_needs, layer_states
 from planner.model import ModelSpec
+from planner.moments import memory_moments
 from planner.network import axis_stride
+from planner.pipeline import Counts, Option, Piece, Pipeline, Run
 from planner.plan import (
     SPLIT_BACKWARD_SCHEDULES,
     Decisions,
@@ -39,8 +41,6 @@ from planner.plan import (
     stage_blocks,
     stage_ranks,
 )
-from planner.schedule import compute_actions
-from planner.solver import Counts, Moment, Option, Piece, Pipeline, Run
 
 Layer = tuple[LayerKind, Recompute]
 ALL_LAYERS: tuple[Layer, ...] = (("embedding", "none"), ("block", "none"), ("block", "selective"), ("block", "full"), ("head", "none"))
@@ -336,104 +336,6 @@ def dominates(a: Profile, b: Profile) -> bool:
 def ends_apart(decisions: Decisions) -> bool:
     """Whether embedding and head lie on different pipeline ranks, so that a tied head has a copy of the table."""
     return decisions.pipeline_parallel > 1 and decisions.schedule != "ZBVZeroBubble"
-
-
-class _Live(NamedTuple):
-    stage: int
-    forward: bool
-
-
-def memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> tuple[Moment, ...]:
-    """The moments at which a rank may need most: of those at the same work, the ones that no other covers.
-
-    Micro-batches in flight repeat their pattern once the pipeline is full, so a few rounds of them show all.
-    """
-    return _memory_moments(
-        schedule, pipeline_parallel, num_virtual_stages, _enough_microbatches(schedule, pipeline_parallel, num_microbatches)
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _memory_moments(schedule: str, pipeline_parallel: int, num_virtual_stages: int, m: int) -> tuple[Moment, ...]:
-    found: list[Moment] = []
-    for rank, actions in enumerate(compute_actions(schedule, pipeline_parallel, num_virtual_stages, m)):
-        stages = sorted({stage for _, stage, _ in actions})
-        place = {stage: 2 * index for index, stage in enumerate(stages)}
-        live = [0] * (2 * len(stages))  # saved and deferred of each stage in turn
-        seen: dict[tuple[int, str], dict[tuple[int, ...], None]] = {}
-        for kind, stage, _ in actions:
-            at, direction = place[stage], "B" if kind == "I" else kind
-            if kind == "F":
-                live[at] += 1
-            seen.setdefault((stage, direction), {})[tuple(live)] = None
-            if kind in "BI":
-                live[at] -= 1
-            if kind == "I":
-                live[at + 1] += 1
-            elif kind == "W":
-                live[at + 1] -= 1
-        for (stage, direction), vectors in seen.items():
-            for vector in _maximal(list(vectors)):
-                found.append(Moment(rank, tuple(zip(stages, vector[::2], vector[1::2], strict=True)), stage, direction))
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=4096)
-def least_in_flight(
-    schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int
-) -> tuple[tuple[float, float, float], ...]:
-    """For each pipeline rank, micro-batches that a block, the embedding and the head keep in flight at the least.
-
-    The mean over moments of memory is a moment that memory must allow for as well. Of a block it is not known on which of
-    the rank's stages it lies, so the stage with the least counts.
-    """
-    p, m = pipeline_parallel, num_microbatches
-    if num_virtual_stages == 1:
-        counts = [float(m if schedule == "GPipe" else 1 if schedule == "Naive" else min(m, p - rank)) for rank in range(p)]
-        return tuple((count, count, count) for count in counts)
-    rounds = 2 * (m // max(1, m // p)) if schedule != "ZBVZeroBubble" else 3 * p  # enough to fill the pipeline
-    return _mean_in_flight(schedule, p, num_virtual_stages, min(m, rounds))
-
-
-@functools.lru_cache(maxsize=1024)
-def _mean_in_flight(schedule: str, p: int, num_virtual_stages: int, m: int) -> tuple[tuple[float, float, float], ...]:
-    """The mean over the moments at which a rank has most in flight, of its least stage, its first and its last."""
-    found = []
-    for actions in compute_actions(schedule, p, num_virtual_stages, m):
-        live = dict.fromkeys(sorted({stage for _, stage, _ in actions}), 0)
-        most = total = 0
-        fullest: list[tuple[int, ...]] = []
-        for kind, stage, _ in actions:
-            if kind == "F":
-                live[stage] += 1
-                total += 1
-                if total > most:
-                    most, fullest = total, []
-                if total == most:
-                    fullest.append(tuple(live.values()))
-            elif kind in "BI":
-                live[stage] -= 1
-                total -= 1
-        means = [sum(column) / len(fullest) for column in zip(*fullest, strict=True)]
-        found.append((min(means), means[0], means[-1]))
-    return tuple(found)
-
-
-def _maximal(vectors: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those that no other is at least as large as in every entry."""
-    kept: list[tuple[int, ...]] = []
-    for vector in sorted(vectors, key=lambda item: (-sum(item), item)):
-        if not any(all(a >= b for a, b in zip(other, vector, strict=True)) for other in kept):
-            kept.append(vector)
-    return kept
-
-
-def _enough_microbatches(schedule: str, p: int, m: int) -> int:
-    if schedule == "GPipe" or m <= 4 * p:
-        return m
-    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        return 4 * (m // max(1, m // p))  # rounds of as many micro-batches, which set the warm-up
-    return 4 * p
 
 
 def stages_of(decisions: Decisions, counts: Counts, levels: tuple[Recompute, ...]) -> tuple[Stage, ...]:

@@ -178,7 +178,9 @@ def _steps(schedule: str, ranks: Sequence[int], m: int, numbers: dict[Key, int])
     """
     final, found = len(ranks) - 1, {}
     for stage, rank in enumerate(ranks):
-        for kind, row, source, sends in (("F", 0, stage - 1, "SEND_F"), ("B", 1, stage + 1, "SEND_B"), ("I", 1, stage + 1, "SEND_B"), ("W", 2, -1, "")):
+        for kind, row, source, sends in (
+            ("F", 0, stage - 1, "SEND_F"), ("B", 1, stage + 1, "SEND_B"), ("I", 1, stage + 1, "SEND_B"), ("W", 2, -1, ""),
+        ):  # fmt: skip
             if (kind in "IW") != (schedule in SPLIT_BACKWARD_SCHEDULES) and kind != "F":
                 continue
             waits = 0 <= source <= final

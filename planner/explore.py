@@ -39,12 +39,14 @@ from planner.candidates import (
     sequence_parallel_choices,
     zero_stages,
 )
-from planner.chain import Costs, Profile, counts_of, dominates, least_in_flight, stages_of
+from planner.chain import Costs, Profile, counts_of, dominates, stages_of
 from planner.contention import shares_cores
 from planner.critical_path import Path, graph, path_seconds
 from planner.errors import InputError
+from planner.moments import least_in_flight
+from planner.pipeline import Counts, Pipeline, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, replace
-from planner.solver import TOLERANCE, Counts, Pipeline, Solution, excess_bytes, solve_pipeline, stage_seconds
+from planner.solver import TOLERANCE, Solution, solve_pipeline
 from planner.timing import predict_time
 
 SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")

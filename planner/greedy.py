@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from planner.solver import Counts, Moment, Pipeline, excess_bytes
+from planner.pipeline import Counts, Moment, Pipeline, excess_bytes, moment_bytes, stage_load
 
 Rows = list[list[list[int]]]
 
@@ -62,36 +62,47 @@ def frozen(rows: Rows) -> Counts:
 def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
     """Stages of these sizes with recomputation added, the most bytes per second first, until each rank fits; None if none do."""
     rows = place(pipeline, sizes)
-    for rank in sorted(set(pipeline.ranks)):
-        for _ in range(8 * len(pipeline.ranks)):
-            over, worst = excess_bytes(pipeline, frozen(rows), rank)
+    by_rank: dict[int, list[Moment]] = {}
+    for moment in pipeline.moments:
+        by_rank.setdefault(moment.rank, []).append(moment)
+    for rank, moments in by_rank.items():
+        limit = pipeline.limits[rank]
+        loads = {stage: stage_load(pipeline, rows[stage]) for stage, owner in enumerate(pipeline.ranks) if owner == rank}
+        while True:
+            worst = max(moments, key=lambda moment: moment_bytes(moment, loads))
+            over = moment_bytes(worst, loads) - limit
             if over <= 0:
                 break
-            if not _relieve(pipeline, rows, worst, over):
-                return None
-        else:
-            return None
-    return frozen(rows)
+            while over > 0:
+                stage = _relieve(pipeline, rows, worst, over)
+                if stage is None:
+                    return None
+                loads[stage] = stage_load(pipeline, rows[stage])
+                over = moment_bytes(worst, loads) - limit
+    counts = frozen(rows)
+    return None if pipeline.edges and excess_bytes(pipeline, counts)[0] > 0 else counts
 
 
-def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> bool:
-    """Moves layers of one run on one stage to an option that saves memory; says whether there was one."""
+def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> int | None:
+    """Moves layers of one run on one stage to an option that saves memory; says which stage that was, None if there was none."""
     best: tuple[float, int, int, int, int, float] | None = None
     for stage, flight, put_off in moment.in_flight:
         for r, run in enumerate(pipeline.runs):
             for a, old in enumerate(run.options):
+                if not rows[stage][r][a]:
+                    continue
                 for b, new in enumerate(run.options):
                     freed = flight * (old.saved - new.saved) + put_off * (old.deferred - new.deferred)
-                    if not rows[stage][r][a] or freed <= 0:
+                    if freed <= 0:
                         continue
                     slower = sum(new.seconds(kind) - old.seconds(kind) for kind in pipeline.kinds)
                     ratio = freed / slower if slower > 0 else math.inf
                     if best is None or ratio > best[0]:
                         best = (ratio, stage, r, a, b, freed)
     if best is None:
-        return False
+        return None
     _, stage, r, a, b, freed = best
     moved = min(rows[stage][r][a], max(1, math.ceil(over / freed)))
     rows[stage][r][a] -= moved
     rows[stage][r][b] += moved
-    return True
+    return stage

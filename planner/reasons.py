@@ -27,8 +27,8 @@ from planner.estimate import capacity_bytes
 from planner.explore import Outcome, explore
 from planner.memory import predict_memory
 from planner.network import axis_group
+from planner.pipeline import excess_bytes, stage_seconds
 from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
-from planner.solver import excess_bytes, stage_seconds
 from planner.timing import predict_time
 
 GIB = 2**30

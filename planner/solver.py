@@ -29,6 +29,11 @@ Variables, the first two rows integer:
         for each path through the schedule's graph, N its counts          fill, steady state, drain     _path
     T <= cutoff                                                           better than what is known     solve_pipeline
 
+Where runs have one layer each, edges (a, b) between them may cost by the cut: c[s,a,b] = u[s,a] - u[s,b] is 1 where
+the edge crosses the boundary after stage s, and out[s] (in[s]) 1 where it leaves (enters) stage s. A message takes
+Σ message c[s,a,b] longer, F[s] grows by Σ leaving out[s] + entering in[s], and the stage keeps Σ kept out[s] bytes of
+each micro-batch                                                                                     _crossing, _leaves, _enters
+
 There are more paths than can be written down, so they are added as they bind: solve, walk the schedule with the stages
 found, add its critical paths, and solve again, first the linear relaxation, then the integer program. Every path is a
 lower bound on the walked step time for any stages (the step is the longest path), so the optimum of each such program
@@ -42,12 +47,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from planner.critical_path import Graph, Key, Path, path_seconds
 from planner.errors import SolverError
+from planner.pipeline import Counts, Edge, Moment, Option, Piece, Pipeline, Run, excess_bytes, moment_bytes, stage_loads, stage_seconds
+
+__all__ = [
+    "TOLERANCE", "Counts", "Edge", "Moment", "Option", "Piece", "Pipeline", "Run", "Solution", "excess_bytes", "moment_bytes", "solve_pipeline",
+    "stage_loads", "stage_seconds",
+]  # fmt: skip
 
 TOLERANCE = 1e-6
 """Relative gap below which a plan counts as proven optimal; it is the solver's own feasibility tolerance."""
@@ -59,103 +70,6 @@ MOMENTS_AT_ONCE = 5
 RELAXED_PROGRESS = 1e-3
 """Rounds of the linear relaxation end when one raises the bound by no more than this share."""
 _SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
-
-
-class Option(NamedTuple):
-    """One way to run a layer. Seconds are of one micro-batch, bytes of one rank."""
-
-    name: str
-    forward: float
-    backward: float
-    backward_input: float
-    backward_weight: float
-    saved: float
-    """Bytes kept per micro-batch in flight, from the forward to the backward pass (of the input gradients)."""
-    forward_transient: float = 0.0
-    """Bytes needed beyond that while it runs."""
-    backward_transient: float = 0.0
-    deferred: float = 0.0
-    """Bytes kept per micro-batch from the backward pass of the input gradients to that of the weights."""
-    weight_transient: float = 0.0
-    """Bytes needed beyond `deferred` while the latter runs."""
-
-    def transient(self, direction: str) -> float:
-        """Of a direction: F, B or W."""
-        return self.forward_transient if direction == "F" else self.backward_transient if direction == "B" else self.weight_transient
-
-    def seconds(self, kind: str) -> float:
-        """Of a compute action: F, B, I or W."""
-        return {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}[kind]
-
-
-class Run(NamedTuple):
-    """`length` identical layers in a row."""
-
-    name: str
-    length: int
-    options: tuple[Option, ...]
-    states: float = 0.0
-    """Bytes of weights, gradients and optimizer state of one layer."""
-    parameters: float = 0.0
-    """Of one layer on one rank; reduction and optimizer take time by them."""
-
-
-class Piece(NamedTuple):
-    """An affine function of a number of parameters, in seconds."""
-
-    slope: float
-    intercept: float
-
-    def __call__(self, parameters: float) -> float:
-        return self.slope * parameters + self.intercept
-
-
-_NOTHING = Piece(0.0, 0.0)
-
-
-class Moment(NamedTuple):
-    """A moment at which a rank's memory may peak: micro-batches in flight per stage, and the stage that is at work."""
-
-    rank: int
-    in_flight: tuple[tuple[int, int, int], ...]
-    """(stage, micro-batches saved, micro-batches deferred) of the rank's stages; the one at work is among them."""
-    stage: int
-    direction: str
-    """What it does: F, B (of the input gradients where the backward pass is split) or W."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """What `solve_pipeline` is given."""
-
-    runs: tuple[Run, ...]
-    ranks: tuple[int, ...]
-    """Pipeline rank of each stage."""
-    limits: tuple[float, ...]
-    """Bytes of each rank for what the layers need."""
-    moments: tuple[Moment, ...]
-    kinds: str
-    """Kinds of compute action that the schedule has: "FB" or "FIW"."""
-    fixed_seconds: Mapping[Key, float] = field(default_factory=dict)
-    """Seconds that do not depend on the layers: of messages, and what a pass takes beyond its layers."""
-    reduce_pieces: tuple[Piece, ...] = ()
-    """Seconds of a stage's reduction by its parameters: the largest of these."""
-    optimizer_piece: Piece = _NOTHING
-    """Seconds of a rank's optimizer by its parameters."""
-    patterns: tuple[tuple[int, ...], ...] = ()
-    """Layers per stage that may be chosen from; empty for any."""
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def num_layers(self) -> int:
-        return sum(run.length for run in self.runs)
-
-
-Counts = tuple[tuple[tuple[int, ...], ...], ...]
-"""Layers by stage, run and option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,77 +87,6 @@ class Solution:
     solver: str
     paths: tuple[Path, ...]
     num_programs: int
-
-
-def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) -> dict[Key, float]:
-    """Seconds of everything that lies on the paths, for these layers on the stages."""
-    found = dict(pipeline.fixed_seconds)
-    held = [0.0] * (max(pipeline.ranks) + 1)
-    for stage, rows in enumerate(counts):
-        parameters = 0.0
-        for run, row in zip(pipeline.runs, rows, strict=True):
-            for option, count in zip(run.options, row, strict=True):
-                if count:
-                    parameters += count * run.parameters
-                    for kind in pipeline.kinds:
-                        found[kind, stage] = found.get((kind, stage), 0.0) + count * option.seconds(kind)
-        found["REDUCE", stage] = max((piece(parameters) for piece in pipeline.reduce_pieces), default=0.0)
-        held[pipeline.ranks[stage]] += parameters
-    for rank, parameters in enumerate(held):
-        found["OPTIMIZER", rank] = pipeline.optimizer_piece(parameters)
-    return found
-
-
-class StageLoad(NamedTuple):
-    """Bytes of a stage: its states, what one micro-batch saves, defers, and has of the larger of both, and its transients."""
-
-    states: float
-    saved: float
-    deferred: float
-    active: float
-    transients: dict[str, float]
-
-
-def stage_loads(pipeline: Pipeline, counts: Counts) -> list[StageLoad]:
-    """Bytes of every stage."""
-    found = []
-    for rows in counts:
-        states = saved = deferred = active = forward = backward = weights = 0.0
-        for run, row in zip(pipeline.runs, rows, strict=True):
-            for option, count in zip(run.options, row, strict=True):
-                if count:
-                    states += count * run.states
-                    saved += count * option.saved
-                    deferred += count * option.deferred
-                    active += count * max(option.saved, option.deferred)
-                    forward = max(forward, option.forward_transient)
-                    backward = max(backward, option.backward_transient)
-                    weights = max(weights, option.weight_transient)
-        found.append(StageLoad(states, saved, deferred, active, {"F": forward, "B": backward, "W": weights}))
-    return found
-
-
-def moment_bytes(moment: Moment, loads: Sequence[StageLoad]) -> float:
-    """Bytes that the layers of a rank need at a moment."""
-    acting = loads[moment.stage]
-    total = acting.transients[moment.direction]
-    if moment.direction == "B":  # layer by layer, what was saved gives way to what is deferred
-        total += acting.active - acting.saved
-    for stage, saved, deferred in moment.in_flight:
-        load = loads[stage]
-        total += load.states + saved * load.saved + deferred * load.deferred
-    return total
-
-
-def excess_bytes(pipeline: Pipeline, counts: Counts, rank: int | None = None) -> tuple[float, Moment]:
-    """How far the fullest moment lies above its rank's limit (negative: below it), and which moment that is.
-
-    With `rank` only that rank's moments are looked at.
-    """
-    loads = stage_loads(pipeline, counts)
-    return max(
-        (moment_bytes(moment, loads) - pipeline.limits[moment.rank], moment) for moment in pipeline.moments if rank in (None, moment.rank)
-    )
 
 
 def solve_pipeline(
@@ -349,6 +192,11 @@ class _Program:
                 self._memory(fullest)
 
     def _add(self, terms: list[tuple[Any, float]], sense: int, right: float) -> None:
+        if self.pipeline.edges:  # a variable may stand in several terms
+            sums: dict[str, tuple[Any, float]] = {}
+            for variable, value in terms:
+                sums[variable.name] = (variable, value + (sums[variable.name][1] if variable.name in sums else 0.0))
+            terms = list(sums.values())
         expression = self.pulp.LpAffineExpression([(variable, value) for variable, value in terms if value])
         self.problem.addConstraint(self.pulp.LpConstraint(expression, sense, rhs=right))
 
@@ -388,6 +236,47 @@ class _Program:
             sizes = [(variable, -float(pattern[s])) for variable, pattern in zip(chosen, patterns, strict=True)]
             self._add([(x, 1.0) for row in rows for x in row] + sizes, 0, 0.0)
 
+    def _done(self, stage: int, run: int) -> list[tuple[Any, float]]:
+        """Whether a run of one layer lies on this stage or before."""
+        if (stage, run) in self.u:
+            return [(self.u[stage, run], 1.0)]
+        return [(x, 1.0) for rows in self.x[: stage + 1] for x in rows[run]]
+
+    def _crossing(self, stage: int, edge: Edge) -> list[tuple[Any, float]]:
+        """c of the boundary after a stage, which is 0 after the last one and before the first."""
+        if not 0 <= stage < self.pipeline.num_stages - 1:
+            return []
+        return self._done(stage, edge.source) + [(variable, -value) for variable, value in self._done(stage, edge.target)]
+
+    def _leaves(self, stage: int, edge: Edge) -> list[tuple[Any, float]]:
+        if edge.target == edge.source + 1:
+            return self._crossing(stage, edge)
+        return self._apart(stage, edge.source, edge.target)
+
+    def _enters(self, stage: int, edge: Edge) -> list[tuple[Any, float]]:
+        if edge.target == edge.source + 1:
+            return self._crossing(stage - 1, edge)
+        return self._apart(stage, edge.target, edge.source)
+
+    def _apart(self, stage: int, here: int, elsewhere: int) -> list[tuple[Any, float]]:
+        """1 where the first layer is on the stage and the other is not."""
+        mine, other = [(x, 1.0) for x in self.x[stage][here]], [(x, -1.0) for x in self.x[stage][elsewhere]]
+        if not mine or not other:
+            return mine
+        apart = self.problem.add_variable(f"d_{stage}_{here}_{elsewhere}", 0, 1)
+        self._add([*mine, *other, (apart, -1.0)], -1, 0.0)
+        return [(apart, 1.0)]
+
+    def _edge_seconds(self, stage: int) -> list[tuple[Any, float]]:
+        """What edges add to a stage's forward pass."""
+        return [
+            (variable, value * seconds * self.second)
+            for edge in self.pipeline.edges
+            for seconds, use in ((edge.leaving, self._leaves), (edge.entering, self._enters))
+            if seconds
+            for variable, value in use(stage, edge)
+        ]
+
     def _stage_seconds(self) -> dict[Key, Any]:
         found: dict[Key, Any] = {}
         for s, rows in enumerate(self.x):
@@ -398,7 +287,8 @@ class _Program:
                     for run, row in zip(self.pipeline.runs, rows, strict=True)
                     for option, x in zip(run.options, row, strict=False)
                 ]
-                self._add([*terms, (found[kind, s], -1.0)], 0, 0.0)
+                more = self._edge_seconds(s) if kind == "F" else []
+                self._add([*terms, *more, (found[kind, s], -1.0)], 0, 0.0)
         return found
 
     def _memory(self, moment: Moment) -> None:
@@ -410,6 +300,10 @@ class _Program:
             for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
             for option, x in zip(run.options, row, strict=False)
         ]
+        for stage, saved, _ in moment.in_flight:
+            for edge in self.pipeline.edges:
+                if edge.kept:
+                    terms += [(variable, value * saved * edge.kept * byte) for variable, value in self._leaves(stage, edge)]
         self._add([*terms, (self._transient(moment.stage, moment.direction), 1.0)], -1, limit * byte)
 
     def _byte(self, rank: int) -> float:
@@ -477,6 +371,10 @@ class _Program:
                 terms.append((self.seconds[kind, place] if known else self._reduce_seconds(place), -float(count)))
             elif (kind, place) in self.seconds:
                 terms.append((self.seconds[kind, place], -float(count)))
+            elif kind in ("SEND_F", "SEND_B"):
+                for edge in pipeline.edges:
+                    crossing = self._crossing(place if kind == "SEND_F" else place - 1, edge)
+                    terms += [(variable, -count * value * edge.message * self.second) for variable, value in crossing]
         self._add(terms, 1, constant)
 
     def _parameters(self, stages: Iterable[int], seconds_each: float) -> list[tuple[Any, float]]:

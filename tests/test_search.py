@@ -8,7 +8,7 @@ import pytest
 
 from planner import bounds, greedy
 from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, rank_orders, schedules, zero_stages
-from planner.chain import Costs, counts_of, least_in_flight, stages_of
+from planner.chain import Costs, counts_of, stages_of
 from planner.cluster import load_cluster
 from planner.critical_path import graph
 from planner.defaults import Fixed
@@ -17,9 +17,10 @@ from planner.estimate import fits, predict
 from planner.explore import explore
 from planner.memory import predict_memory
 from planner.model import load_model
+from planner.moments import least_in_flight
+from planner.pipeline import moment_bytes, stage_loads, stage_seconds
 from planner.plan import Inputs, Training, check, digest, even_stages, replace
 from planner.search import search
-from planner.solver import moment_bytes, stage_loads, stage_seconds
 from planner.timing import predict_time
 
 
