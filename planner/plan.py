@@ -379,7 +379,8 @@ def even_stages(model: ModelSpec, schedule: str, pipeline_parallel: int, num_vir
     """
     count = pipeline_parallel * num_virtual_stages
     if model.num_layers + 2 < count:
-        raise InputError("--pp", count, f"{model.name} has {model.num_layers + 2} layers, embedding and head included, so at most as many stages")
+        option = "--pp" if num_virtual_stages == 1 else f"--pp x {num_virtual_stages} stages a rank"
+        raise InputError(option, count, f"{model.name} has {model.num_layers + 2} layers, embedding and head included, so at most as many stages")
     base, extra = divmod(model.num_layers, count)
     start = (count - extra + 1) // 2
     blocks = [base + (1 if start <= index < start + extra else 0) for index in range(count)]

@@ -27,7 +27,7 @@ from planner.layer_time import (
     transfer_seconds,
 )
 from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head, stage_ranks
-from planner.schedule import Action, actions, plan_actions
+from planner.schedule import Action, actions, compute_order, plan_actions
 from planner.software import Software
 from planner.timeline import DeadlockError, Timeline, bubble_fraction, simulate
 
@@ -104,7 +104,8 @@ def predict_time(
         "optimizer": durations.optimizer[slowest],
         "fixed": program.step_seconds,
     }
-    tails = [sum(durations.reduce[i] for i in owned[r]) + durations.optimizer[r] for r in range(p)]
+    final = _last_stages(decisions.schedule, p, decisions.num_virtual_stages, m)
+    tails = [durations.reduce[final[r]] + durations.optimizer[r] for r in range(p)]
     span = max(end - tail for end, tail in zip(ends, tails, strict=True))
     bubble = 1.0 - sum(m * (f + b) for f, b in zip(forward, backward, strict=True)) / (p * span) if span > 0 else 0.0
     if shared:
@@ -134,6 +135,15 @@ def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | 
 
     blocking = program.blocking_transfers
     return simulate(lists, seconds, transfer, blocking_send_seconds=transfer if blocking else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _last_stages(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> tuple[int, ...]:
+    """The stage of each rank's last pass: only its reduction comes after the pipeline, those of the rank's other stages within."""
+    p, m = pipeline_parallel, num_microbatches
+    if num_virtual_stages == 1:
+        return tuple(range(p))
+    return tuple(order[-1][1] for order in compute_order(schedule, p, num_virtual_stages, m if m <= 4 * p else 4 * p + m % p))
 
 
 def zero_bubble_2p_seconds(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> float:

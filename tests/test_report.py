@@ -155,7 +155,7 @@ def test_words_of_the_page(plan, page):
     for words in ("It fits", "tensor 2 × pipeline 2 × data 2", "Where the difference lies", "1.50 times the predicted", "Assumptions"):
         assert words in page.words
     assert "a larger bubble <b>than</b> the winner" in page.words  # as text
-    assert "embedding + blocks 1–3" in page.words
+    assert "embedding + blocks 0–2" in page.words
     assert f"{run.summary.bubble_fraction:.1%}" in page.words
     assert re.search(r"bubble[^%]*%[^%]*%[+-]\d+\.\d points", page.words)
 

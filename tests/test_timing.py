@@ -12,6 +12,7 @@ from planner.kernels import elementwise_seconds, matmul_seconds, slowest_node_fa
 from planner.network import Group, all_gather_seconds, all_reduce_seconds, axis_group, reduce_scatter_seconds
 from planner.plan import Decisions, Inputs, Training, check, even_stages, stage_ranks
 from planner.software import load_software, presets
+from planner.timeline import bubble_fraction
 from planner.timing import layer_seconds, optimizer_seconds, predict_time, predict_timeline, reduce_seconds, transfer_seconds
 
 SCHEDULES = [("GPipe", 1), ("1F1B", 1), ("Naive", 1), ("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 2)]
@@ -48,6 +49,13 @@ def changed(document, **changes):
 def test_a_step_is_the_walk_of_its_timeline(schedule, v, m):
     inputs, decisions = case("gpt3", tp=8, pp=4, m=m, schedule=schedule, v=v)
     assert predict_time(inputs, decisions).time.step_seconds == pytest.approx(predict_timeline(inputs, decisions).end, rel=1e-3)
+
+
+@pytest.mark.parametrize(("schedule", "v"), SCHEDULES)
+@pytest.mark.parametrize("m", [4, 8, 64])
+def test_a_plans_bubble_is_that_of_its_timeline(schedule, v, m):
+    inputs, decisions = case("gpt3", tp=8, pp=4, dp=4, m=m, schedule=schedule, v=v)
+    assert predict_time(inputs, decisions).time.bubble_fraction == pytest.approx(bubble_fraction(predict_timeline(inputs, decisions)), rel=1e-3)
 
 
 def test_a_step_with_blocking_sends_is_the_walk_of_its_timeline():

@@ -254,7 +254,7 @@ def stages(plan: Plan) -> Section:
         blocks = stage_blocks(stage, plan.inputs.model)
         layers = [
             *(["embedding"] if has_embedding(stage) else []),
-            *([f"blocks {blocks[0] + 1}–{blocks[-1] + 1}" if len(blocks) > 1 else f"block {blocks[0] + 1}"] if blocks else []),
+            *([f"blocks {blocks[0]}–{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"] if blocks else []),
             *(["head"] if has_head(stage, plan.inputs.model) else []),
         ]
         counts = recompute_counts(stage, len(blocks))
