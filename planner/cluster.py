@@ -70,8 +70,9 @@ class Efficiency(Document, frozen=True, kw_only=True):
     """Added to the inner dimension of a matrix product: what starting and ending a tile costs, in elements."""
     matmul_edge_overhead: float = 0.0
     """Added to both outer dimensions of a matrix product: what is lost at the edges of the tiles, in elements."""
-    matmul_misaligned: float = 1.0
-    """Factor on the time of a matrix product whose sizes are no multiples of 16 bytes, where a GPU has tensor cores."""
+    matmul_misaligned: float | None = None
+    """Measured: factor on the time of a matrix product whose sizes are no multiples of 16 bytes, where a GPU has tensor cores.
+    Null where it was not measured: such products then run at the fp32 peak, without tensor cores."""
     kernel_seconds: float = 0.0
     """Least time of a kernel: its launch and its ramp."""
     jitter: float = 0.0

@@ -33,8 +33,8 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     Arithmetic: 2·rows·columns·depth·batch FLOPs at `efficiency.matmul` of the peak, with d0 = `matmul_depth_overhead`
     added to the depth for the prologue and epilogue of each tile, and e0 = `matmul_edge_overhead` to rows and columns for
     what tiles lose at the edges and in the last wave. No product is done before one tile of 128 x 128 is. Tensor cores
-    want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication guide); batches of others cost
-    `matmul_misaligned` times as much. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
+    want sizes in multiples of 8 (16 bytes; NVIDIA's matrix multiplication guide); batches of others run at the peak of
+    fp32, which needs none. Traffic: each operand once, at `efficiency.memory` of the bandwidth.
     """
     if rows <= 0 or columns <= 0 or depth <= 0 or batch <= 0:
         return 0.0
@@ -45,10 +45,18 @@ def matmul_seconds(cluster: ClusterSpec, precision: Precision, rows: float, colu
     volume = (rows + edge) * (columns + edge) * deep * batch
     if gpu.num_multiprocessors:
         volume = max(volume, TILE * TILE * gpu.num_multiprocessors * deep)
-        if batch > 1 and (depth % 8 or columns % 8):
-            volume *= efficiency.matmul_misaligned
     arithmetic = 2.0 * volume / (peak_flops_per_second(cluster, precision) * efficiency.matmul)
+    if gpu.num_multiprocessors and batch > 1 and size < 4 and (depth % 8 or columns % 8):
+        arithmetic = _misaligned_seconds(cluster, volume, arithmetic)
     return max(arithmetic, traffic) + efficiency.kernel_seconds
+
+
+def _misaligned_seconds(cluster: ClusterSpec, volume: float, aligned: float) -> float:
+    """Time of multiply-adds that tensor cores can't do, which take `aligned` seconds where they can."""
+    factor, peak = cluster.efficiency.matmul_misaligned, cluster.gpu.peak_flops_per_second.get("fp32")
+    if factor is not None:
+        return factor * aligned
+    return max(aligned, 2.0 * volume / peak) if peak else aligned
 
 
 def elementwise_seconds(cluster: ClusterSpec, num_bytes: float, num_kernels: int = 1) -> float:

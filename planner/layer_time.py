@@ -81,12 +81,11 @@ def timed_layer(
     scale *= slowest_node_factor(inputs.cluster)
     forward_scale = scale * efficiency.layer_scale.get(f"{kind}.forward", 1.0)
     backward_scale = scale * efficiency.layer_scale.get(f"{kind}.backward", 1.0)
-    sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward) / program.tensor_parallel_bandwidth
+    sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)
     returned = _backward_communication(parts.communication_backward, decisions.sequence_parallel, program.overlap_tensor_backward)
-    returned /= program.tensor_parallel_bandwidth
-    forward = (parts.matmul + parts.elementwise + parts.core) * forward_scale + sent + program.host_seconds
+    forward = (parts.matmul + parts.elementwise + parts.core) * forward_scale + sent
     weight = parts.backward_weight * backward_scale
-    backward = parts.backward_input * backward_scale + returned + program.host_seconds
+    backward = parts.backward_input * backward_scale + returned
     communication = sent + returned
     if kind == "block" and recompute == "full":
         backward += forward
@@ -149,10 +148,15 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
         elementwise += elementwise_seconds(cluster, program.cast_bytes * (inward + parameters), 8)
         backward += elementwise_seconds(cluster, program.cast_bytes * outward, 8)
     weight += elementwise_seconds(cluster, parameters * program.accumulation_bytes * (size / 2), 4)
-    communication = 0.0
-    if t > 1:
-        communication = residuals * all_reduce_seconds(axis_group(cluster, decisions, "tp"), float(n * h * size))
+    communication = residuals * _sum_seconds(cluster, decisions, program, float(n * h * size))
     return _Parts(forward, elementwise, core, backward, weight, communication, communication)
+
+
+def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, num_bytes: float) -> float:
+    """One sum of `num_bytes` over the tensor-parallel group."""
+    if decisions.tensor_parallel == 1:
+        return 0.0
+    return all_reduce_seconds(axis_group(cluster, decisions, "tp"), num_bytes) + program.collective_seconds
 
 
 def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> tuple[float, float]:
@@ -183,7 +187,7 @@ def _embedding(inputs: Inputs, decisions: Decisions, program: Software) -> _Part
     volume = float(n * model.hidden_size * size)
     light = elementwise_seconds(cluster, 4 * volume * program.elementwise_passes, 4)
     table = model.token_embedding_parameters / decisions.tensor_parallel * program.accumulation_bytes * (size / 2)
-    communication = all_reduce_seconds(axis_group(cluster, decisions, "tp"), volume) if decisions.tensor_parallel > 1 else 0.0
+    communication = _sum_seconds(cluster, decisions, program, volume)
     return _Parts(0.0, light, 0.0, 0.0, light + elementwise_seconds(cluster, table), communication, 0.0)
 
 
@@ -202,9 +206,7 @@ def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     backward = slow * matmul_seconds(cluster, precision, n, h, columns) + elementwise_seconds(cluster, 8 * norm + loss / 3, 4)
     weight = slow * matmul_seconds(cluster, precision, columns, h, n)
     weight += elementwise_seconds(cluster, columns * h * program.accumulation_bytes * (size / 2))
-    communication = 0.0
-    if t > 1:
-        communication = all_reduce_seconds(axis_group(cluster, decisions, "tp"), float(n * h * size))
+    communication = _sum_seconds(cluster, decisions, program, float(n * h * size))
     return _Parts(forward, elementwise, 0.0, backward, weight, communication if decisions.sequence_parallel else 0.0, communication)
 
 

@@ -59,14 +59,12 @@ class Software(Document, frozen=True, kw_only=True):
     """Share of the forward pass's tensor-parallel communication that hides behind matrix products."""
     overlap_tensor_backward: float = 0.0
     """The same of the backward pass, where the products for the weights can run beside it."""
-    tensor_parallel_bandwidth: float = 1.0
-    """Share of the group's bandwidth that its tensor-parallel collectives reach."""
     blocking_transfers: bool = False
     """Whether a rank waits for its sends and receives between stages, or computes meanwhile."""
     scatter_transfers: bool = False
     """Whether each tensor-parallel rank sends 1/t of a stage's output and the receivers gather it (SC21, section 4.1)."""
-    host_seconds: float = 0.0
-    """Time of each layer's pass that no GPU work hides: what the host needs to launch it."""
+    collective_seconds: float = 0.0
+    """Fitted: time of each tensor-parallel collective beyond what its bytes and latency take, such as waiting for its last rank."""
     step_seconds: float = 0.0
     """Fixed cost of a step: data loading, synchronisation, logging."""
     source: str = ""

@@ -57,7 +57,9 @@ def test_four_of_five_untouched_rows_lie_in_their_interval(validation):
 
 def test_bloom_tuning_is_met_and_ranked(validation):
     """72 x 14336: the order of the plans, repeated runs of one plan averaged; 64 heads, 2,048 samples a step."""
-    assert group(validation, "bloom_tuning").step_time_mean_abs_error <= 0.075
+    tuning = group(validation, "bloom_tuning")
+    assert tuning.step_time_mean_abs_error <= 0.075
+    assert abs(tuning.step_time_worst_error) <= 0.20
     rows = {row["id"]: row for row in published_rows()}
     plans: dict[tuple, list] = {}
     for found in validation.rows:

@@ -169,10 +169,26 @@ def test_a_large_product_reaches_the_efficiency_and_a_thin_one_the_bandwidth():
     assert narrow == pytest.approx(elementwise_seconds(machine, 2 * (16384**2 + 2 * 8 * 16384)), rel=1e-6)
 
 
-def test_products_with_sizes_off_the_grid_of_8_are_much_slower():
+def test_products_with_sizes_off_the_grid_of_8_run_without_tensor_cores():
     """BigScience measured 25 to 30 % slower steps with a head size of 225 or 108 (chronicles-prequel.md, 2022)."""
     machine = cluster.load_cluster("a100-80gb:8")
-    assert matmul_seconds(machine, "mixed-bf16", 2048, 2048, 225, 8) > 5 * matmul_seconds(machine, "mixed-bf16", 2048, 2048, 224, 8)
+    seconds = matmul_seconds(machine, "mixed-bf16", 2048, 2048, 225, 8)
+    assert 2 * 8 * 2048**2 * 225 / seconds < 19.5e12
+    assert seconds > 5 * matmul_seconds(machine, "mixed-bf16", 2048, 2048, 224, 8)
+    measured = changed(machine, efficiency=changed(machine.efficiency, matmul_misaligned=2.0))
+    assert matmul_seconds(measured, "mixed-bf16", 2048, 2048, 225, 8) < 0.5 * seconds
+
+
+def test_each_tensor_parallel_sum_takes_the_program_s_own_time():
+    """Six in a block with full recomputation: two forward, two again, two backward."""
+    inputs, decisions = case("gpt3", tp=8, recompute="full")
+    program = load_software("megatron-2021")
+    slow = changed(program, collective_seconds=1e-3)
+    plain, later = (layer_seconds(inputs, decisions, "block", "full", software) for software in (program, slow))
+    assert later.forward + later.backward - plain.forward - plain.backward == pytest.approx(6e-3)
+    inputs, decisions = case("gpt2", tp=1)
+    plain, later = (layer_seconds(inputs, decisions, "block", "none", software) for software in (program, slow))
+    assert plain == later
 
 
 def test_twice_the_rows_take_at_most_twice_the_time():
