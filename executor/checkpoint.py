@@ -168,6 +168,7 @@ class Checkpointer:
         """How many of the newest checkpoints stay; 0 for all."""
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[Any, int] | None = None
+        self._committed = -1
 
     def save(self) -> None:
         """Starts a save of the state after `trainer.step_index` steps; waits for the one before it."""
@@ -185,6 +186,14 @@ class Checkpointer:
         future = dcp.async_save(state, storage_writer=writer, planner=_Save(parts), process_group=self._group)
         self._pending = (future, step)
 
+    def poll(self) -> None:
+        """Makes the running save a checkpoint if it is done; waits for nothing. Rank 0's save is done when every rank's is."""
+        if self._pending is not None and self.trainer.mesh.rank == 0:
+            future, step = self._pending
+            if future.done() and step != self._committed:
+                future.result()
+                self._commit(step)
+
     def finish(self) -> None:
         """Waits for the running save, and makes it a checkpoint."""
         if self._pending is None:
@@ -194,7 +203,7 @@ class Checkpointer:
         future.result()
         if self._group is not None:
             dist.barrier(self._group)
-        if self.trainer.mesh.rank == 0:
+        if self.trainer.mesh.rank == 0 and step != self._committed:
             self._commit(step)
 
     def _commit(self, step: int) -> None:
@@ -204,6 +213,7 @@ class Checkpointer:
         write_text(partial / "training.json", dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        self._committed = step
         if self.keep:
             for _, old in sorted(steps_in(self.folder))[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +18,9 @@ from executor.model import check_model
 from executor.optimizer import OptimizerOptions
 from executor.options import arguments
 from executor.rehearse import Rehearsal, script
+from executor.restart import Again, agree, attempt, begin, find_again, own_store
 from executor.results import collect, write_run
+from executor.scalars import check_tensorboard, scalar_writer
 from executor.train import RunOptions, StepFigures, Trainer, progress_line, stderr_progress, train
 from planner.errors import InputError, MeshwrightError
 from planner.plan import Plan, load_plan, replace
@@ -37,7 +38,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def start_process_group(plan: Plan, device: torch.device, timeout_seconds: float) -> int:
-    """Joins the other ranks as torchrun's environment says. Returns this process's rank."""
+    """Joins the other ranks of this attempt as torchrun's environment says. Returns this process's rank."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = plan.decisions.world_size
     if world != wanted:
@@ -47,7 +48,8 @@ def start_process_group(plan: Plan, device: torch.device, timeout_seconds: float
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=own_store(store), rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return dist.get_rank()
@@ -82,6 +84,7 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
     data = Data(tokens, plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise InputError("--output", options.output, "a file in an existing folder is expected")
+    check_tensorboard(options.tensorboard)
     if options.resume:
         find_checkpoint(options.resume)
     rank = start_process_group(plan, device, options.timeout)
@@ -99,23 +102,25 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
     )
     trainer = Trainer(plan, mesh, run_options, device, load_from=options.load)
-    first = resume(trainer, options.resume) if options.resume else 0
+    first = start_or_go_on(trainer, options)
+    last_step = first + options.steps
     num_tokens = training.global_batch_size * training.sequence_length
-
-    scalars = scalar_writer(options.tensorboard) if rank == 0 else None
+    scalars = scalar_writer(options.tensorboard, trainer.step_index) if rank == 0 else None
 
     def on_step(figures: StepFigures) -> None:
         if scalars is not None:
             scalars(figures, num_tokens)
-            stderr_progress(progress_line(figures.step, options.steps + first, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
+            stderr_progress(progress_line(figures.step, last_step, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
 
     checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
 
     def after_step() -> None:
-        if checkpointer is not None and trainer.step_index % options.checkpoint_every == 0:
-            checkpointer.save()
+        if checkpointer is not None:
+            checkpointer.poll()
+            if trainer.step_index % options.checkpoint_every == 0:
+                checkpointer.save()
 
-    figures, tracker, sent = train(trainer, data, options.steps, on_step, after_step)
+    figures, tracker, sent = train(trainer, data, last_step - trainer.step_index, on_step, after_step)
     if checkpointer is not None:
         checkpointer.finish()
     document = collect(plan, mesh, trainer.recorder.records(), tracker, sent, figures, device, options.output, rehearsed=False)
@@ -125,29 +130,22 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         dist.barrier()
 
 
-def scalar_writer(folder: str | None) -> Callable[[StepFigures, int], None]:
-    """Writes a step's figures to TensorBoard under torchtitan's names; does nothing without a folder."""
-    if folder is None:
-        return lambda figures, num_tokens: None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard", folder, "TensorBoard is not installed: pip install meshwright[tensorboard]") from None
-    writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
-
-    def write(figures: StepFigures, num_tokens: int) -> None:
-        values = {
-            "loss_metrics/global_avg_loss": figures.loss,
-            "grad_norm": figures.gradient_norm,
-            "lr": figures.learning_rate,
-            "throughput(tps)": num_tokens / figures.seconds,
-            "time_metrics/end_to_end(s)": figures.seconds,
-        }
-        for name, value in values.items():
-            writer.add_scalar(name, value, figures.step)  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
-
-    return write
+def start_or_go_on(trainer: Trainer, options: argparse.Namespace) -> int:
+    """Brings the trainer to where it begins: the start, `--resume`, or the last checkpoint of the attempt before. Returns the steps that were done
+    when the run first began."""
+    folder = Path(options.checkpoint_folder)
+    again: Again | None = None
+    if options.checkpoint_every and attempt():
+        again = agree(find_again(folder, options.steps) if trainer.mesh.rank == 0 else None)
+    source = again.checkpoint if again is not None and again.checkpoint is not None else options.resume
+    done = resume(trainer, source) if source else 0
+    if attempt() and trainer.mesh.rank == 0:
+        stderr_progress(f"restarted (attempt {attempt() + 1}): goes on after step {done}" + (f", from {source}" if source else ""))
+    if again is not None:
+        return again.first_step
+    if options.checkpoint_every and trainer.mesh.rank == 0:
+        begin(folder, done)
+    return done
 
 
 def run_rehearsal(plan: Plan, options: argparse.Namespace) -> None:
