@@ -12,7 +12,7 @@ convention of Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Literal
 
 import networkx as nx
@@ -109,3 +109,55 @@ def layer_graph(model: ModelSpec, sequence_length: int) -> nx.DiGraph:
     projection = model.head_parameters - (model.norm_parameters if model.final_norm else 0)
     add("head", "head", last, projection, head_flops(model), 2 * h, residual)
     return graph
+
+
+def chain_of(graph: nx.DiGraph, weight: str = "forward_flops") -> list[list[Hashable]]:
+    """The parts that a pipeline can cut a layer graph into: those between its articulation edges, in order.
+
+    A value is an edge here, whether one node uses it or several: an articulation edge is a value that every path from the
+    chain's first part to the last node passes. Residual connections therefore lie inside a part. A branch that begins on
+    its own (an embedding beside a vision tower) is with the part where it joins; of several that could begin the chain,
+    the path with the most `weight` does. Raises ValueError unless the graph is acyclic with exactly one last node.
+
+    Each node is split in two, joined by its value. Bridges of that graph (Tarjan 1974) cut it into a tree of parts.
+    """
+    last = [node for node in graph if graph.out_degree(node) == 0]
+    if len(last) != 1 or not nx.is_directed_acyclic_graph(graph):
+        raise ValueError("an acyclic graph with one last node is expected")
+    split = nx.Graph()
+    for node in graph:
+        split.add_edge((node, "in"), (node, "out"))
+    split.add_edges_from(((a, "out"), (b, "in")) for a, b in graph.edges)
+    bridges = list(nx.bridges(split))
+    pieces = split.copy()
+    pieces.remove_edges_from(bridges)
+    part_of = {half: index for index, part in enumerate(nx.connected_components(pieces)) for half in part}
+    tree = nx.Graph()
+    tree.add_nodes_from(part_of.values())
+    tree.add_edges_from((part_of[a], part_of[b]) for a, b in bridges)
+    own: dict[int, list[Hashable]] = {part: [] for part in tree}
+    for node in nx.topological_sort(graph):
+        own[part_of[node, "in"]].append(node)
+    heavy = {part: sum(graph.nodes[node].get(weight, 0.0) for node in nodes) for part, nodes in own.items()}
+    end = part_of[last[0], "in"]
+    best, reached = end, {end: heavy[end]}
+    for before, part in nx.bfs_edges(tree, end):
+        reached[part] = reached[before] + heavy[part]
+        if (reached[part], len(own[part])) > (reached[best], len(own[best])):
+            best = part
+    path = nx.shortest_path(tree, best, end)
+    main = set(path)
+    order = {node: index for index, node in enumerate(nx.topological_sort(graph))}
+    chain: list[list[Hashable]] = []
+    for part in path:
+        joined, waiting = list(own[part]), [other for other in tree[part] if other not in main]
+        seen = {part, *waiting}
+        while waiting:
+            branch = waiting.pop()
+            joined += own[branch]
+            more = [other for other in tree[branch] if other not in main and other not in seen]
+            seen.update(more)
+            waiting += more
+        if joined:
+            chain.append(sorted(joined, key=order.__getitem__))
+    return chain
