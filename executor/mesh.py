@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from executor.processes import hasten_transport
 from planner.plan import Decisions
 
 _ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -185,6 +186,8 @@ def make_mesh(
         replicate = axis("dp", slices("dp", lambda size: [list(range(index, size, shards)) for index in range(shards)]))
     tied = axis("pp", slices("pp", lambda size: [[0, size - 1]] if size > 1 else [[0]]))
     key_value = axis("tp", slices("tp", blocks(key_value_copies)))
+    if decisions.world_size > 1 and dist.get_backend() == "gloo":
+        hasten_transport()
     return Mesh(
         rank=rank,
         world_size=decisions.world_size,
