@@ -68,7 +68,7 @@ def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
     for rank, moments in by_rank.items():
         limit = pipeline.limits[rank]
         loads = {stage: stage_load(pipeline, rows[stage]) for stage, owner in enumerate(pipeline.ranks) if owner == rank}
-        while True:
+        for _ in range(8 * len(pipeline.ranks)):  # what helps one moment may hurt another, over and over
             worst = max(moments, key=lambda moment: moment_bytes(moment, loads))
             over = moment_bytes(worst, loads) - limit
             if over <= 0:
@@ -79,6 +79,8 @@ def fit(pipeline: Pipeline, sizes: list[int]) -> Counts | None:
                     return None
                 loads[stage] = stage_load(pipeline, rows[stage])
                 over = moment_bytes(worst, loads) - limit
+        else:
+            return None
     counts = frozen(rows)
     return None if pipeline.edges and excess_bytes(pipeline, counts)[0] > 0 else counts
 
