@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from reference_model import CLIP, Stage, make_optimizer, make_stage
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -24,7 +25,14 @@ from torch.distributed.tensor.parallel import (
 )
 
 from executor.data import Data
-from planner.plan import Plan
+from planner.plan import Plan, stage_ranks
+
+SCHEDULES = {
+    "1F1B": Schedule1F1B,
+    "Interleaved1F1B": ScheduleInterleaved1F1B,
+    "InterleavedZeroBubble": ScheduleInterleavedZeroBubble,
+    "ZBVZeroBubble": ScheduleZBVZeroBubble,
+}
 
 
 def split_tensors(stage: Stage, mesh: DeviceMesh) -> None:
@@ -69,20 +77,26 @@ class DTensorTrainer:
         self.place = dict(zip(("pp", "dp", "tp"), mesh.get_coordinate() or (), strict=True))
         self.pp_group = mesh["pp"].get_group()
         self.tokens_of_rank = decisions.num_microbatches * decisions.micro_batch_size * self.length
-        stage = make_stage(plan.inputs.model, self.place["pp"], p, self.length, seed)
-        if t > 1:
-            split_tensors(stage, mesh["tp"])
-        if d > 1:
-            again = decisions.zero_stage == 3
-            for block in stage.layers.values():
-                fully_shard(block, mesh=mesh["dp"], reshard_after_forward=again)
-            fully_shard(stage, mesh=mesh["dp"], reshard_after_forward=again)
-        self.stage: nn.Module = stage
-        self.optimizer = make_optimizer(stage)
-        self.schedule = None
+        ranks = stage_ranks(decisions.schedule, p, decisions.num_virtual_stages)
+        own = [index for index, rank in enumerate(ranks) if rank == self.place["pp"]]
+        self.has_first, self.has_last = own[0] == 0, own[-1] == len(ranks) - 1
+        self.stages = [make_stage(plan.inputs.model, index, len(ranks), self.length, seed) for index in own]
+        for stage in self.stages:
+            if t > 1:
+                split_tensors(stage, mesh["tp"])
+            if d > 1:
+                again = decisions.zero_stage == 3
+                for block in stage.layers.values():
+                    fully_shard(block, mesh=mesh["dp"], reshard_after_forward=again)
+                fully_shard(stage, mesh=mesh["dp"], reshard_after_forward=again)
+        self.optimizer = make_optimizer(nn.ModuleList(self.stages))
+        self.schedule: Any = None
         if p > 1:
-            pipeline = PipelineStage(stage, self.place["pp"], p, torch.device("cpu"), group=self.pp_group)
-            self.schedule = Schedule1F1B(pipeline, decisions.num_microbatches, loss_fn=self.loss, scale_grads=False)
+            device = torch.device("cpu")
+            parts = [PipelineStage(stage, i, len(ranks), device, group=self.pp_group) for i, stage in zip(own, self.stages, strict=True)]
+            wanted: Any = SCHEDULES[decisions.schedule]
+            one = decisions.schedule == "1F1B"
+            self.schedule = wanted(parts[0] if one else parts, decisions.num_microbatches, loss_fn=self.loss, scale_grads=False)
         self.parallel_loss = t > 1
         self.step_index = 0
 
@@ -101,17 +115,13 @@ class DTensorTrainer:
         with self.context():
             if self.schedule is None:
                 for part, target in zip(tokens.split(self.decisions.micro_batch_size), targets.split(self.decisions.micro_batch_size), strict=True):
-                    loss = self.loss(self.stage(part), target)
+                    loss = self.loss(self.stages[0](part), target)
                     loss.backward()
                     total += plain(loss)
             else:
                 losses: list[torch.Tensor] = []
-                if self.place["pp"] == 0:
-                    self.schedule.step(tokens, return_outputs=False)
-                elif self.place["pp"] == self.decisions.pipeline_parallel - 1:
-                    self.schedule.step(target=targets, losses=losses, return_outputs=False)
-                else:
-                    self.schedule.step(return_outputs=False)
+                ends = {"target": targets, "losses": losses} if self.has_last else {}
+                self.schedule.step(*([tokens] if self.has_first else []), **ends, return_outputs=False)
                 total += sum(plain(loss) for loss in losses)
         self.clip()
         self.optimizer.step()
@@ -122,7 +132,7 @@ class DTensorTrainer:
 
     def clip(self) -> None:
         """By the norm over all ranks: DTensor sums over its own mesh, a message over the pipeline's."""
-        parameters = [parameter for parameter in self.stage.parameters() if parameter.grad is not None]
+        parameters = [parameter for stage in self.stages for parameter in stage.parameters() if parameter.grad is not None]
         norm = plain(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
         if self.decisions.pipeline_parallel > 1:
             norm = norm.square()

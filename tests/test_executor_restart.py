@@ -70,7 +70,7 @@ def test_a_killed_rank_costs_nothing_but_time(plan: Plan, losses: list[float], t
         said = log.read()
     assert "restarted (attempt 2): goes on after step" in said
     found = load_run(output).steps
-    assert 0 < found[0].step and found[-1].step == STEPS - 1
+    assert found[0].step > 0 and found[-1].step == STEPS - 1
     assert [step.loss for step in found] == losses[found[0].step :]
 
 
