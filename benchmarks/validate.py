@@ -1,30 +1,32 @@
-"""How far predicted step times are from published ones, beside other estimators: `python benchmarks/validate.py [--calculon FOLDER] [-o NAME]`.
+"""How far predicted step times are from published ones, beside other estimators.
+
+    python benchmarks/validate.py [--calculon FOLDER] [--ablate] [-o NAME]
 
 Three tables: errors by group of published rows, groups that a constant was fitted to apart; the comparison with what other
 estimators reach on the same tables, as measured in November 2026 (calculon of February 2024, SimuMax of 2026, llm-analysis
 as on the package index and as in its repository); and the order of plans. With --calculon, the root of a checkout of
-calculon-ai/calculon, that program is run on the same rows.
+calculon-ai/calculon, that program is run on the same rows. With --ablate, the errors without each assumption that no source settles.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.ablations import ablation_table
+from benchmarks.calculon import run_calculon
 from benchmarks.common import table, write_results
 from planner.cluster import load_cluster
 from planner.model import load_model
 from planner.plan import Decisions, Inputs, Training, even_stages
-from planner.published import ErrorMeans, Validation, ValidationRow, kendall, published_rows, validate
-from planner.rows import NotExpressible, case_of
+from planner.published import ErrorMeans, Validation, ValidationRow, kendall, published_rows, spearman, validate
 from planner.timing import predict_time
 
 RIVALS = {
@@ -38,48 +40,25 @@ RIVAL_RANKS = ("0.28; 8.3 %", "0.10; 1.2 %", "0; 3.3 %", "0.54; 1.9 %")
 RIVAL_MILLISECONDS = ("2.0 to 20", "33 to 1,327", "0.2 to 0.35, no pipeline", "0.2 to 0.35, no pipeline")
 NAMES = ("calculon", "SimuMax", "llm-analysis, index", "llm-analysis, repository")
 
-# Run in calculon's checkout: reads [[application, execution], ...], writes the batch times or null.
-CALCULON = """
-import json, logging, sys, types
-sys.path.insert(0, ".")
-for name in ("pandas", "psutil"):  # its package imports them; its model does not use them
-    sys.modules.setdefault(name, types.ModuleType(name))
-from calculon.llm.llm import Llm
-from calculon.system import System
-found = []
-log = logging.getLogger("quiet"); log.disabled = True
-for application, execution in json.load(sys.stdin):
-    try:
-        facts = json.load(open("systems/a100_80g.json"))
-        facts["mem1"]["GiB"] = 80_000  # times only: what does not fit is timed all the same
-        system = System(facts)
-        model = Llm(Llm.Application(application), log)
-        model.compile(system, Llm.Execution.from_json(execution))
-        model.run(system)
-        found.append(model.get_total_time())
-    except (Llm.Error, AssertionError):
-        found.append(None)
-json.dump(found, sys.stdout)
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calculon", type=Path, help="root of a checkout of calculon-ai/calculon")
+    parser.add_argument("--ablate", action="store_true", help="also the errors without each assumption of the time model")
     parser.add_argument("-o", "--output", metavar="NAME", help="also write benchmarks/results/NAME.txt and .json")
     options = parser.parse_args()
     facts = {row["id"]: row for row in published_rows()}
     started = time.process_time()
     document = validate()
     seconds = time.process_time() - started
-    ran = run_calculon(options.calculon, document, facts) if options.calculon else {}
+    ran = run_calculon(options.calculon, [row for name in RIVALS for row in counted(document, name)], facts) if options.calculon else {}
     parts = [
         f"{len(document.rows)} published rows in {seconds:.1f} s of CPU\n",
         group_table(document),
         means(document),
         rival_table(document, ran),
         order(document, facts),
-        f"One evaluation of GPT-3 on 1,024 GPUs: {evaluation_milliseconds():.2f} ms of CPU\n",
+        evaluation_table(),
+        *([ablation_table()] if options.ablate else []),
     ]
     text = "\n".join(parts)
     print(text)
@@ -145,7 +124,8 @@ def rival_table(document: Validation, ran: dict[str, dict[str, float]]) -> str:
         errors = [abs(row.step_time_error_fraction or 0.0) for row in counted(document, name)]
         ours = f"{percent(statistics.fmean(errors))} / {percent(max(errors))}"
         here = [abs(value) for value in ran.get(name, {}).values()]
-        today = f"{percent(statistics.fmean(here))} / {percent(max(here))} ({len(here)} rows)" if here else ""
+        fitted = f"; {_after_one_scalar(ran[name].values())} fitted" if here and name == "bloom_tuning" else ""
+        today = f"{percent(statistics.fmean(here))} / {percent(max(here))} ({len(here)} rows{fitted})" if here else ""
         rows.append((name, ours, *others, today))
     ours_rank, regret = _bloom_order(document, {row["id"]: row for row in published_rows()})
     rows.append(("BLOOM plans: Kendall; regret", f"{ours_rank:.2f}; {percent(regret)} %", *RIVAL_RANKS, ""))
@@ -153,10 +133,16 @@ def rival_table(document: Validation, ran: dict[str, dict[str, float]]) -> str:
     return table(("mean / worst abs %", "meshwright", *NAMES, "calculon, run now"), rows)
 
 
+def _after_one_scalar(errors: Iterable[float]) -> str:
+    """Mean / worst absolute error after all predictions are divided by their mean ratio to the measured times (geometric)."""
+    ratios = [1.0 + error for error in errors]
+    scale = statistics.geometric_mean(ratios)
+    left = [abs(ratio / scale - 1.0) for ratio in ratios]
+    return f"{percent(statistics.fmean(left))} / {percent(max(left))}"
+
+
 def order(document: Validation, facts: dict[str, Any]) -> str:
     """Where a source measured several plans: by model, the rank correlation of predicted and measured samples per GPU and second."""
-    from planner.published import spearman
-
     found = []
     for group in ("sc21_table2", "zero_bubble_table4", "zero_bubble_table8", "mosaic_llm_foundry"):
         sets: dict[str, list[ValidationRow]] = {}
@@ -191,57 +177,32 @@ def _bloom_order(document: Validation, facts: dict[str, Any]) -> tuple[float, fl
     return kendall(predicted, measured) or 0.0, measured[pick] / min(measured) - 1.0
 
 
-def evaluation_milliseconds(count: int = 200) -> float:
-    """CPU time of one `predict_time` of GPT-3 on 1,024 A100, per stage."""
+EVALUATED = (("1F1B", 8, 8, 16, 1), ("1F1B", 8, 16, 8, 1), ("Interleaved1F1B", 8, 8, 16, 3), ("Interleaved1F1B", 8, 16, 8, 2),
+             ("ZBVZeroBubble", 8, 16, 8, 2), ("1F1B", 4, 32, 8, 1))  # fmt: skip
+"""Plans of GPT-3 on 1,024 GPUs whose evaluation is timed: schedule, tensor, pipeline and data parallel, stages on a rank."""
+
+
+def evaluation_table() -> str:
+    rows = [(schedule, t, p, d, v, f"{evaluation_milliseconds(schedule, t, p, d, v):.2f}") for schedule, t, p, d, v in EVALUATED]
+    return table(("one evaluation of GPT-3 on 1,024 GPUs", "t", "p", "d", "v", "CPU ms"), rows)
+
+
+def evaluation_milliseconds(schedule: Any = "1F1B", t: int = 8, p: int = 8, d: int = 16, v: int = 1, count: int = 200) -> float:
+    """CPU time of one `predict_time` of GPT-3 on 1,024 A100, per stage; the median of five rounds."""
     model, training = load_model("gpt3"), Training(global_batch_size=1536, sequence_length=2048)
     inputs = Inputs(model=model, cluster=load_cluster("a100-80gb:1024"), training=training)
     decisions = Decisions(
-        data_parallel=16, tensor_parallel=8, pipeline_parallel=8, zero_stage=1, micro_batch_size=1, num_microbatches=96,
-        stages=even_stages(model, "1F1B", 8, 1, "full"),
+        data_parallel=d, tensor_parallel=t, pipeline_parallel=p, zero_stage=1, micro_batch_size=1, num_microbatches=1536 // d,
+        schedule=schedule, num_virtual_stages=v, stages=even_stages(model, schedule, p, v, "full"),
     )  # fmt: skip
     predict_time(inputs, decisions)
-    started = time.process_time()
-    for _ in range(count):
-        predict_time(inputs, decisions)
-    return (time.process_time() - started) / count * 1e3
-
-
-def run_calculon(folder: Path, document: Validation, facts: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """calculon's signed error by group and row; rows that it refuses are left out."""
-    rows = [row for name in RIVALS for row in counted(document, name)]
-    jobs = [(row, job) for row in rows if (job := _calculon_job(facts[row.id])) is not None]
-    done = subprocess.run(
-        [sys.executable, "-c", CALCULON], input=json.dumps([job for _, job in jobs]), cwd=folder, capture_output=True, text=True, check=True
-    )
-    found: dict[str, dict[str, float]] = {}
-    for (row, _), seconds in zip(jobs, json.loads(done.stdout), strict=True):
-        if seconds is not None and row.measured.step_seconds:
-            found.setdefault(row.group, {})[row.id] = seconds / row.measured.step_seconds - 1.0
-    return found
-
-
-def _calculon_job(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    try:
-        case = case_of(row)
-    except NotExpressible:
-        return None
-    model, plan = case.inputs.model, case.decisions
-    level = plan.stages[0].recompute
-    application = {
-        "hidden": model.hidden_size, "feedforward": model.ffn_hidden_size, "seq_size": case.inputs.training.sequence_length,
-        "attn_heads": model.num_attention_heads, "attn_size": model.head_dim, "num_blocks": model.num_layers, "name": model.name,
-    }  # fmt: skip
-    execution = {
-        "num_procs": plan.world_size, "tensor_par": plan.tensor_parallel, "pipeline_par": plan.pipeline_parallel, "data_par": plan.data_parallel,
-        "tensor_par_net": 0, "pipeline_par_net": 1 if plan.pipeline_parallel > 1 else 0, "data_par_net": 1 if plan.data_parallel > 1 else 0,
-        "batch_size": case.inputs.training.global_batch_size, "microbatch_size": plan.micro_batch_size, "datatype": "float16",
-        "fused_activation": False, "attention_type": "multihead", "activation_recompute": {"selective": "attn_only"}.get(str(level), level),
-        "pipeline_interleaving": plan.num_virtual_stages, "optimizer_sharding": plan.zero_stage > 0,
-        "tensor_par_comm_type": "rs_ag" if plan.sequence_parallel else "ar", "tensor_par_overlap": "none",
-        "seq_par_ag_redo": plan.sequence_parallel and level != "full",
-        "data_par_overlap": False, "weight_offload": False, "activations_offload": False, "optimizer_offload": False, "training": True,
-    }  # fmt: skip
-    return application, execution
+    rounds = []
+    for _ in range(5):
+        started = time.process_time()
+        for _ in range(count // 5):
+            predict_time(inputs, decisions)
+        rounds.append((time.process_time() - started) / (count // 5))
+    return statistics.median(rounds) * 1e3
 
 
 if __name__ == "__main__":

@@ -162,25 +162,23 @@ def predict_row(row: Any) -> PredictedFigures:
     """Step time and peak memory of one row. Raises NotExpressible with the reason when there is no prediction."""
     case = case_of(row)
     try:
-        seconds, interval = _step_seconds(case)
+        seconds = case_seconds(case)
         memory = row_memory(row, case)
     except (MeshwrightError, ArithmeticError, ValueError, LookupError, TypeError) as error:
         raise NotExpressible(f"no prediction: {error}") from None
     if not (math.isfinite(seconds) and seconds > 0):
         raise NotExpressible("no prediction: the numbers of the row are out of range")
-    return PredictedFigures(step_seconds=seconds, step_seconds_interval=interval, peak_bytes=memory.reported, fits=memory.fits)
+    low, high = accuracy().step_seconds_interval
+    return PredictedFigures(step_seconds=seconds, step_seconds_interval=(low * seconds, high * seconds), peak_bytes=memory.reported, fits=memory.fits)
 
 
-def _step_seconds(case: Case) -> tuple[float, tuple[float, float]]:
-    """With the zero-bubble schedule of Qi et al. 2023 that keeps twice 1F1B's activations (ZB-2p) by its closed form:
-    m passes of the slowest stage, and a bubble of (p - 1)·max(0, F + I - 2·W) (their table 2).
+def case_seconds(case: Case) -> float:
+    """Step time of a case. With the zero-bubble schedule of Qi et al. 2023 that keeps twice 1F1B's activations (ZB-2p) by its
+    closed form: m passes of the slowest stage, and a bubble of (p - 1)·max(0, F + I - 2·W) (their table 2).
     """
     if case.zero_bubble_memory == 2.0:
-        seconds = zero_bubble_2p_seconds(case.inputs, case.decisions, case.software)
-    else:
-        seconds = predict_time(case.inputs, case.decisions, case.software).time.step_seconds or 0.0
-    low, high = accuracy().step_seconds_interval
-    return seconds, (low * seconds, high * seconds)
+        return zero_bubble_2p_seconds(case.inputs, case.decisions, case.software)
+    return predict_time(case.inputs, case.decisions, case.software).time.step_seconds or 0.0
 
 
 def _row(row: Any, index: int, facts: Accuracy) -> ValidationRow:
@@ -309,4 +307,4 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return ranks
 
 
-__all__ = ["Measured", "Validation", "kendall", "load_rows", "predict_row", "published_rows", "spearman", "validate"]
+__all__ = ["Measured", "Validation", "case_seconds", "kendall", "load_rows", "predict_row", "published_rows", "spearman", "validate"]
