@@ -112,6 +112,12 @@ class Pipeline:
     """Layers per stage that may be chosen from; empty for any."""
     edges: tuple[Edge, ...] = ()
     """What crossing a boundary between stages costs, where it is not the same for every cut."""
+    slowness: tuple[float, ...] = ()
+    """Factor on the edges' messages over the boundary after each stage; empty where all links are alike."""
+
+    def slow(self, stage: int) -> float:
+        """Factor on messages over the boundary after a stage."""
+        return self.slowness[stage] if stage < len(self.slowness) else 1.0
 
     @property
     def num_stages(self) -> int:
@@ -145,8 +151,8 @@ def stage_seconds(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]
     for stage, edge, crossing, leaves, enters in _edge_uses(pipeline, counts):
         for key, value in (
             (("F", stage), edge.leaving * leaves + edge.entering * enters),
-            (("SEND_F", stage), edge.message * crossing),
-            (("SEND_B", stage + 1), edge.message * crossing),
+            (("SEND_F", stage), edge.message * crossing * pipeline.slow(stage)),
+            (("SEND_B", stage + 1), edge.message * crossing * pipeline.slow(stage)),
         ):
             if value:
                 found[key] = found.get(key, 0.0) + value

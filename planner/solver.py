@@ -372,9 +372,10 @@ class _Program:
             elif (kind, place) in self.seconds:
                 terms.append((self.seconds[kind, place], -float(count)))
             elif kind in ("SEND_F", "SEND_B"):
+                after = place if kind == "SEND_F" else place - 1
+                each = -count * self.second * pipeline.slow(after)
                 for edge in pipeline.edges:
-                    crossing = self._crossing(place if kind == "SEND_F" else place - 1, edge)
-                    terms += [(variable, -count * value * edge.message * self.second) for variable, value in crossing]
+                    terms += [(variable, value * edge.message * each) for variable, value in self._crossing(after, edge)]
         self._add(terms, 1, constant)
 
     def _parameters(self, stages: Iterable[int], seconds_each: float) -> list[tuple[Any, float]]:

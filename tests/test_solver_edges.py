@@ -42,6 +42,7 @@ def random_chain(rng, schedule, p, m, long_edges):
         reduce_pieces=(Piece(0.1, 0.2),) if rng.random() < 0.5 else (),
         optimizer_piece=Piece(0.05, 0.1),
         edges=tuple(edges),
+        slowness=tuple(rng.choice([1.0, 3.0]) for _ in range(p - 1)),
     )
 
 
@@ -104,7 +105,8 @@ def test_seconds_are_those_of_an_event_walk():
 
         def message(action, pipeline=pipeline, stage_of=stage_of):
             after = action.stage if action.kind == "SEND_F" else action.stage - 1
-            return 0.05 + sum(edge.message for edge in pipeline.edges if stage_of[edge.source] <= after < stage_of[edge.target])
+            crossing = [edge for edge in pipeline.edges if stage_of[edge.source] <= after < stage_of[edge.target]]
+            return 0.05 + pipeline.slow(after) * sum(edge.message for edge in crossing)
 
         timeline = simulate(actions(schedule, p, 1, m), seconds, message)
         tails = [0.05 * sum(pipeline.runs[r].parameters for r, s in stage_of.items() if s == rank) + 0.1 for rank in range(p)]
