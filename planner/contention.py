@@ -65,6 +65,7 @@ def shared_walk(
     transfer_seconds: Callable[[Action], float],
     cores_per_node: int,
     copies: Sequence[dict[int, int]],
+    receive_seconds: float = 0.0,
 ) -> Timeline:
     """As `planner.timeline.simulate`, with cores shared. `demand(rank, action)` is that of every action but messages."""
     ranks = [_Rank(actions) for actions in lists]
@@ -98,7 +99,7 @@ def shared_walk(
             arrival = arrivals.get(action)
             if arrival is None:
                 return False
-            rank.state, rank.until = "waiting", max(now, arrival)
+            rank.state, rank.until = "waiting", max(rank.start + receive_seconds, now, arrival)
             return True
         if kind in "FBI" and not _ready(action, last_stage, ends, owned[index]):
             return False

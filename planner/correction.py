@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.cluster import ClusterSpec, Efficiency, Link
+from planner.layer_time import final_sums_seconds
 from planner.network import axis_group
 from planner.plan import Axis, Decisions, Inputs, replace
 from planner.run import Run
@@ -41,6 +42,7 @@ def correct(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline |
         last = run.steps[-1].seconds
         ratios = _ratios(inputs, decisions, run, timeline, measured / last if last > 0 else 1.0)
         cluster = _scaled(inputs.cluster, decisions, ratios)
+        cluster = _optimizer_scaled(replace(inputs, cluster=cluster), decisions, inputs, ratios.get("optimizer", 1.0))
         fixed = max(0.0, last - timeline.end)
         cluster = replace(cluster, efficiency=replace(cluster.efficiency, step_seconds=fixed))
     after = predict_time(replace(inputs, cluster=cluster), decisions).time.step_seconds or 0.0
@@ -118,8 +120,7 @@ def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]
         for kind in ("embedding", "block", "head")
         for name, ratio in (("forward", forward), ("backward", backward))
     }
-    efficiency = replace(efficiency, layer_scale=scales, optimizer_scale=efficiency.optimizer_scale * ratios.get("optimizer", 1.0))
-    cluster = replace(cluster, efficiency=efficiency)
+    cluster = replace(cluster, efficiency=replace(efficiency, layer_scale=scales))
     if decisions.tensor_parallel > 1:
         cluster = _slower_collectives(cluster, decisions, "tp", (forward + backward) / 2)
     if "reduction" in ratios and decisions.data_parallel > 1:
@@ -127,6 +128,24 @@ def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]
     if "messages" in ratios:
         cluster = _slower_messages(cluster, decisions, ratios["messages"])
     return cluster
+
+
+def _optimizer_scaled(corrected: Inputs, decisions: Decisions, inputs: Inputs, ratio: float) -> ClusterSpec:
+    """The optimizer takes `ratio` times what was predicted of it; the sums over ranks in that are the collectives' affair."""
+    cluster = corrected.cluster
+    parts = _optimizer_parts(inputs, decisions)
+    own = [whole - sums for whole, sums in parts]
+    if ratio == 1.0 or not sum(own):
+        return cluster
+    left = ratio * sum(whole for whole, _ in parts) - sum(sums for _, sums in _optimizer_parts(corrected, decisions))
+    scale = cluster.efficiency.optimizer_scale * _bounded(left / sum(own))
+    return replace(cluster, efficiency=replace(cluster.efficiency, optimizer_scale=scale))
+
+
+def _optimizer_parts(inputs: Inputs, decisions: Decisions) -> list[tuple[float, float]]:
+    """For each pipeline rank the optimizer's predicted seconds, and of those the sums over ranks."""
+    sums = final_sums_seconds(inputs, decisions)
+    return [(event.end - event.start, sums) for event in predict_timeline(inputs, decisions).events if event.kind == "OPTIMIZER"]
 
 
 def _slower_collectives(cluster: ClusterSpec, decisions: Decisions, axis: Axis, ratio: float) -> ClusterSpec:

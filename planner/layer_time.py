@@ -27,6 +27,10 @@ from planner.plan import Decisions, Inputs, Recompute, replace
 from planner.software import Software, load_software
 
 
+OPTIMIZER_KERNELS = 8
+"""For each layer: the norm's two, for weights that decay and those that don't the scaling and the update, the step's count, the zeroing."""
+
+
 class LayerSeconds(NamedTuple):
     """One layer and one micro-batch on one rank, tensor-parallel communication included.
 
@@ -153,10 +157,13 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
 
 
 def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, num_bytes: float) -> float:
-    """One sum of `num_bytes` over the tensor-parallel group."""
+    """One sum of `num_bytes` over the tensor-parallel group; under sequence parallelism a reduce-scatter and an all-gather."""
     if decisions.tensor_parallel == 1:
         return 0.0
-    return all_reduce_seconds(axis_group(cluster, decisions, "tp"), num_bytes) + program.collective_seconds
+    ranks = axis_group(cluster, decisions, "tp")
+    if decisions.sequence_parallel:
+        return reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes) + program.collective_seconds
+    return all_reduce_seconds(ranks, num_bytes) + program.collective_seconds
 
 
 def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> tuple[float, float]:
@@ -165,7 +172,7 @@ def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> 
     s, d = inputs.training.sequence_length, model.head_dim
     batch = decisions.micro_batch_size * model.num_attention_heads / decisions.tensor_parallel
     efficiency = cluster.efficiency
-    if program.attention == "fused":
+    if (inputs.training.attention or program.attention) == "fused":
         width = d + 16 if cluster.device == "cpu" else max(d, 64)
         flops = 4.0 * batch * s * (min(s, s * 0.5 + 128) if program.causal_skip else s) * width
         rate = peak_flops_per_second(cluster, precision) * program.attention_speed
@@ -207,7 +214,10 @@ def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     weight = slow * matmul_seconds(cluster, precision, columns, h, n)
     weight += elementwise_seconds(cluster, columns * h * program.accumulation_bytes * (size / 2))
     communication = _sum_seconds(cluster, decisions, program, float(n * h * size))
-    return _Parts(forward, elementwise, 0.0, backward, weight, communication if decisions.sequence_parallel else 0.0, communication)
+    gathered = communication if decisions.sequence_parallel else 0.0
+    if t > 1 and program.loss_collectives:
+        gathered += program.loss_collectives * all_reduce_seconds(axis_group(cluster, decisions, "tp"), 4.0 * n)
+    return _Parts(forward, elementwise, 0.0, backward, weight, gathered, communication)
 
 
 def transfer_seconds(inputs: Inputs, decisions: Decisions, from_rank: int = 0, software: Software | None = None) -> float:
@@ -238,18 +248,22 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
 
     ZeRO-0 all-reduces the gradients. ZeRO-1 and 2 reduce-scatter them and gather the new weights. ZeRO-3 gathers the
     weights for every micro-batch's forward and backward pass (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
-    A program that overlaps shows only what does not fit behind the compute that it runs beside.
+    A program that overlaps shows only what does not fit behind the compute that it runs beside. One that reduces layer by
+    layer pays each layer's latency, and under sequence parallelism that of summing what every rank holds (norms, biases).
     """
-    if decisions.data_parallel == 1 or num_parameters_on_rank <= 0:
-        return 0.0
-    cluster, precision = inputs.cluster, inputs.training.precision
     program = software or software_of(inputs)
+    if num_parameters_on_rank <= 0:
+        return 0.0
+    replicated = _replicated_seconds(inputs, decisions, num_parameters_on_rank, program)
+    if decisions.data_parallel == 1:
+        return replicated
+    cluster, precision = inputs.cluster, inputs.training.precision
     shard, replicas, whole = (_slowed(ranks, program) for ranks in _data_parallel_groups(cluster, decisions))
     weight_bytes = num_parameters_on_rank * ELEMENT_BYTES[precision]
     gradient_bytes = num_parameters_on_rank * (4 if precision == "fp32" else program.gradient_bytes)
     m = decisions.num_microbatches
     share = decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters
-    pieces = max(1.0, share) if program.collective_per_layer else 1.0
+    pieces = _num_units(inputs, decisions, num_parameters_on_rank) if program.collective_per_layer else 1.0
 
     def whole_of(collective: Callable[[Group, float], float], ranks: Group, num_bytes: float) -> float:
         return pieces * collective(ranks, num_bytes / pieces)
@@ -274,10 +288,28 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
         if program.overlap_gathers:
             exposed_gather = max(0.0, exposed_gather - block.forward * share)
     if decisions.zero_stage < 3:
-        return reduction + exposed_gather
+        return reduction + exposed_gather + replicated
     if program.overlap_gathers:
         gathers = max(0.0, gathers - (block.forward + block.backward) * share)
-    return reduction + m * gathers
+    return reduction + m * gathers + replicated
+
+
+def _num_units(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float) -> float:
+    """Layers that a rank reduces one by one: its blocks, and at the ends tables and the final norm by themselves."""
+    blocks = decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters
+    return blocks + (3.0 if decisions.pipeline_parallel == 1 else 4.0 / decisions.pipeline_parallel)
+
+
+def _replicated_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, program: Software) -> float:
+    """Sums over the tensor-parallel ranks of the gradients of what each holds whole, layer by layer (sequence parallelism)."""
+    if decisions.tensor_parallel == 1 or not decisions.sequence_parallel or not program.collective_per_layer:
+        return 0.0
+    model = inputs.model
+    biases = model.hidden_size * (model.attention_output_bias + model.mlp_bias)
+    num_bytes = ELEMENT_BYTES[inputs.training.precision] * (model.num_norms_per_layer * model.norm_parameters + biases)
+    times = decisions.num_microbatches if decisions.zero_stage >= 2 and decisions.data_parallel > 1 else 1
+    sums = times * _num_units(inputs, decisions, num_parameters_on_rank)
+    return sums * all_reduce_seconds(axis_group(inputs.cluster, decisions, "tp"), float(num_bytes))
 
 
 def _data_parallel_groups(cluster: ClusterSpec, decisions: Decisions) -> tuple[Group, Group, Group]:
@@ -294,7 +326,10 @@ def _slowed(ranks: Group, program: Software) -> Group:
 
 
 def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, software: Software | None = None) -> float:
-    """Time of the optimizer's update of the parameters that a rank owns; ZeRO divides them over the shard group."""
+    """Time of the optimizer's update of the parameters that a rank owns; ZeRO divides them over the shard group.
+
+    A program that goes layer by layer launches OPTIMIZER_KERNELS for each; the sums over ranks that come first are `final_sums_seconds`.
+    """
     program = software or software_of(inputs)
     owned = num_parameters_on_rank
     if decisions.zero_stage > 0:
@@ -302,7 +337,24 @@ def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_ra
     traffic = program.optimizer_bytes * (1.0 if inputs.training.optimizer == "adam" else 0.5)
     share = core_share(inputs.cluster, inputs.cluster.num_gpus)
     scale = inputs.cluster.efficiency.time_scale * inputs.cluster.efficiency.optimizer_scale
-    return elementwise_seconds(inputs.cluster, owned * traffic) * share * scale
+    kernels = round(OPTIMIZER_KERNELS * _num_units(inputs, decisions, num_parameters_on_rank)) if program.collective_per_layer else 1
+    return elementwise_seconds(inputs.cluster, owned * traffic, kernels) * share * scale + final_sums_seconds(inputs, decisions, program)
+
+
+def final_sums_seconds(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> float:
+    """What all ranks wait for before the optimizer's step: loss and norm added up, and a tied table's gradients on first and last stage."""
+    program = software or software_of(inputs)
+    if not program.final_sums or decisions.world_size == 1:
+        return 0.0
+    cluster, model, p = inputs.cluster, inputs.model, decisions.pipeline_parallel
+    seconds = all_reduce_seconds(group(cluster, decisions.world_size, 1), 8.0)
+    apart = p > 1 and (not decisions.stages or decisions.stages[0].pipeline_rank != decisions.stages[-1].pipeline_rank)
+    if model.tied_embeddings and apart:
+        width = 4 if inputs.training.precision == "fp32" else program.gradient_bytes
+        shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
+        table = model.token_embedding_parameters * width / decisions.tensor_parallel / shards
+        seconds += all_reduce_seconds(group(cluster, 2, axis_stride(decisions, "pp") * (p - 1)), table)
+    return seconds
 
 
 def parameters_per_rank(model: ModelSpec, tensor_parallel: int, kind: LayerKind) -> float:

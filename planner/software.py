@@ -65,6 +65,10 @@ class Software(Document, frozen=True, kw_only=True):
     """Whether each tensor-parallel rank sends 1/t of a stage's output and the receivers gather it (SC21, section 4.1)."""
     collective_seconds: float = 0.0
     """Fitted: time of each tensor-parallel collective beyond what its bytes and latency take, such as waiting for its last rank."""
+    loss_collectives: int = 0
+    """Small sums over the tensor-parallel group in the loss, of one number a token: largest logit, sum of exponentials, the target's logit."""
+    final_sums: bool = False
+    """Whether what all ranks add up before the optimizer's step is counted: loss and norm, and a tied table's gradients on first and last stage."""
     step_seconds: float = 0.0
     """Fixed cost of a step: data loading, synchronisation, logging."""
     source: str = ""

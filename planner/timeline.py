@@ -53,12 +53,14 @@ def simulate(
     transfer_seconds: Callable[[Action], float],
     *,
     blocking_send_seconds: Callable[[Action], float] | None = None,
+    receive_seconds: float = 0.0,
 ) -> Timeline:
     """Walks the action lists of all pipeline ranks and returns when each action starts and ends.
 
     `seconds` is the time of a compute, REDUCE or OPTIMIZER action, `transfer_seconds` of a message, given its SEND
     action, from the start of the send to its arrival. A rank does one action at a time in the order of its list. A send
-    holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived.
+    holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived, and at least
+    `receive_seconds`.
     """
     clocks = [0.0] * len(lists)
     positions = [0] * len(lists)
@@ -91,7 +93,7 @@ def simulate(
                     arrival = arrivals.get(action)
                     if arrival is None:
                         break
-                    clock = max(clock, arrival)
+                    clock = max(clock + receive_seconds, arrival)
                 else:
                     clock = start + seconds(action)
                 events.append(Event(rank, kind, stage, microbatch, start, clock))

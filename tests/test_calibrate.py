@@ -119,7 +119,9 @@ def test_correction_converges_on_the_machine_that_ran() -> None:
     assert abs(corrected.before / measured - 1) > 0.3
     assert corrected.after == pytest.approx(measured, rel=0.03)
     assert corrected.ratios["forward"] == pytest.approx(1.7, rel=1e-6)
-    assert corrected.ratios["optimizer"] == pytest.approx(5.1, rel=1e-6)
+    count = plan.inputs.model.num_parameters / 2
+    optimizer = [optimizer_seconds(replace(plan.inputs, cluster=cluster), plan.decisions, count) for cluster in (truth, TRUE)]
+    assert corrected.ratios["optimizer"] == pytest.approx(optimizer[0] / optimizer[1], rel=0.1)
     again = correct(replace(plan.inputs, cluster=corrected.cluster), plan.decisions, run, timeline)
     assert all(ratio == pytest.approx(1.0, rel=0.05) for ratio in again.ratios.values())
     other = pipeline_plan(TRUE, "GPipe")
