@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 
 from planner.cluster import ClusterSpec
-from planner.documents import Document, builtins, load
+from planner.documents import Document, builtins, convert, parse_json, read_text
 from planner.errors import InputError
 from planner.model import ModelSpec
 
@@ -50,6 +50,8 @@ class Stage(Document, frozen=True, kw_only=True):
     num_layers: int
     recompute: Recompute | RecomputeCounts
     pipeline_rank: int
+    recomputed_layers: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Only in plans of traced modules, whose layers differ: which of them are recomputed, where some are."""
 
 
 class Decisions(Document, frozen=True, kw_only=True):
@@ -257,9 +259,20 @@ def plan_hash(plan: Plan) -> str:
     return digest((plan.inputs, plan.decisions))
 
 
+def is_traced(value: Any) -> bool:
+    """Whether the JSON value is a plan of a traced module (`planner.chain_plan`)."""
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    model = inputs.get("model") if isinstance(inputs, dict) else None
+    return isinstance(model, dict) and "layers" in model
+
+
 def load_plan(path: str, field: str = "plan") -> Plan:
-    """The plan stored at `path`, checked."""
-    plan = load(path, Plan, SCHEMA, field)
+    """The plan stored at `path`, checked. Raises InputError for that of a traced module, which has no transformer's shape."""
+    value = parse_json(read_text(path, field), path)
+    if is_traced(value):
+        allowed = "a plan of a transformer is expected; one of a traced module can be shown and simulated, but there is no code to run it"
+        raise InputError(f"{path}: inputs.model.name", value["inputs"]["model"].get("name"), allowed)
+    plan = convert(value, Plan, path, SCHEMA)
     check(plan.inputs, plan.decisions, path)
     if plan.inputs_hash != digest(plan.inputs):
         raise InputError(f"{path}: inputs_hash", plan.inputs_hash, "the hash of `inputs` is expected: the file was changed after it was made")
@@ -361,6 +374,8 @@ def check_stages(model: ModelSpec, decisions: Decisions, where: str = "plan") ->
         if stage.pipeline_rank != ranks[index]:
             raise InputError(f"{path}.pipeline_rank", stage.pipeline_rank, f"{decisions.schedule} puts this stage on rank {ranks[index]}")
         expected += stage.num_layers
+        if stage.recomputed_layers is not msgspec.UNSET:
+            raise InputError(f"{path}.recomputed_layers", stage.recomputed_layers, "only plans of traced modules have it")
         if isinstance(stage.recompute, RecomputeCounts):
             counts = (stage.recompute.none, stage.recompute.selective, stage.recompute.full)
             blocks = len(stage_blocks(stage, model))

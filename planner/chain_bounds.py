@@ -1,0 +1,191 @@
+"""Bounds and first plans for chains of layers that all differ: by walks over the cuts, before any integer program.
+
+For 1F1B and GPipe with one stage per rank. With c = f + b of a stage, P the seconds of all layers before it, m
+micro-batches, and tails (reduction and optimizer) left out where they only add:
+
+    T >= P_j + m c_j               rank j waits for its first micro-batch, and the last one's gradients go back
+    T >= P_all + (m - 1) max f + (m - 1) max b      GPipe, a flow shop of equal jobs
+    T >= P_all + (m - 1) b_j + max(0, m - p + j) f_j        1F1B: stage j has run p - 1 - j forwards ahead
+
+A layer on stage j needs its states and j's micro-batches in flight; the least recomputation that makes a stage fit is a
+knapsack, whose linear relaxation bounds it from below (Dantzig 1957) and which is rounded up for a plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+from planner.pipeline import Counts, Pipeline
+
+
+class _Layer(NamedTuple):
+    forward: float
+    backward: float
+    states: float
+    saved: float
+    transient: float
+
+
+class _Relief(NamedTuple):
+    """What a stage saves when a layer is recomputed, per micro-batch in flight, and the seconds that this takes."""
+
+    saved: float
+    seconds: float
+    layer: int
+
+
+class ChainBound:
+    """The cuts of one pipeline, as prefix sums over its layers, all with one stage per rank and one layer per run."""
+
+    def __init__(self, pipeline: Pipeline, schedule: str, num_microbatches: int) -> None:
+        self.pipeline, self.schedule, self.m = pipeline, schedule, num_microbatches
+        self.p, self.n = pipeline.num_stages, len(pipeline.runs)
+        self.layers = []
+        for run in pipeline.runs:
+            best = min(run.options, key=lambda option: option.forward + option.backward)
+            transient = min(max(option.forward_transient, option.backward_transient) for option in run.options)
+            self.layers.append(_Layer(best.forward, best.backward, run.states, best.saved, transient))
+        self.seconds = [0.0, *itertools.accumulate(layer.forward + layer.backward for layer in self.layers)]
+        self.states = [0.0, *itertools.accumulate(layer.states for layer in self.layers)]
+        self.saved = [0.0, *itertools.accumulate(layer.saved for layer in self.layers)]
+        self.relief = []
+        for index, run in enumerate(pipeline.runs):
+            best = min(run.options, key=lambda option: option.forward + option.backward)
+            least = min(run.options, key=lambda option: option.saved)
+            slower = least.forward + least.backward - best.forward - best.backward
+            self.relief.append(_Relief(best.saved - least.saved, slower, index))
+        self.in_flight = [0] * self.p
+        for moment in pipeline.moments:
+            for stage, saved, _ in moment.in_flight:
+                self.in_flight[stage] = max(self.in_flight[stage], saved)
+
+    def stage(self, first: int, end: int, stage: int) -> float:
+        """At least so many seconds for one micro-batch, recomputation included; infinite where it can't fit."""
+        seconds = self.seconds[end] - self.seconds[first]
+        flight = self.in_flight[stage]
+        over = self.states[end] - self.states[first] + flight * (self.saved[end] - self.saved[first])
+        over -= self.pipeline.limits[self.pipeline.ranks[stage]]
+        if over <= 0:
+            return seconds
+        for item in sorted((self.relief[layer] for layer in range(first, end) if self.relief[layer].saved > 0), key=_price):
+            freed = flight * item.saved
+            if freed >= over:
+                return seconds + item.seconds * over / freed
+            seconds, over = seconds + item.seconds, over - freed
+        return seconds if over <= 1e-9 * abs(self.pipeline.limits[0]) else math.inf
+
+    def longest_stage(self, first: int, stage: int, within: float) -> int:
+        """The furthest end of a stage from `first` that takes no more than `within` seconds; `first` where none does."""
+        low, high = first, self.n - (self.p - stage - 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.stage(first, middle, stage) <= within else (low, middle - 1)
+        return low
+
+    def bound(self, goal: float) -> float:
+        """Seconds that no cut beats; infinite where no cut fits or reaches `goal`."""
+        least = max(self.seconds[-1], self.m * self.seconds[-1] / self.p)
+        if self._reaches(least):
+            return least
+        high = goal
+        if high == math.inf:
+            high = 2 * self.m * self.seconds[-1] + 1e-12
+            most = 2 * sum(max(o.forward + o.backward for o in run.options) for run in self.pipeline.runs) * self.m + 1e-12
+            high = max(high, most)
+        if not self._reaches(high):
+            return math.inf
+        low = least
+        while high - low > 1e-6 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._reaches(middle) else (middle, high)
+        return low
+
+    def _reaches(self, step: float) -> bool:
+        """Whether cuts exist of which no rank's path is longer than `step`: each stage as long as it can be."""
+        at = 0
+        for stage in range(self.p):
+            within = (step - self.seconds[at]) / self.m
+            if self.schedule == "GPipe" and self.m > 1:
+                within = min(within, (step - self.seconds[-1]) / (self.m - 1))
+            elif self.schedule == "Naive":
+                within = math.inf if self.m * self.seconds[-1] <= step else -1.0
+            end = self.longest_stage(at, stage, within)
+            if end == at:
+                return False
+            at = end
+        return at == self.n
+
+    def balanced(self) -> Counts | None:
+        """Cuts of the least Σ c + (m - 1) max c, by shortest paths under falling ceilings of c; None where none fits."""
+        tables = [
+            [[self.stage(i, j, stage) if i < j else math.inf for j in range(self.n + 1)] for i in range(self.n)] for stage in range(self.p)
+        ]
+        ceiling, best, chosen = math.inf, math.inf, None
+        while (found := _cut(tables, self.n, ceiling)) is not None:
+            total, largest, edges = found
+            if total + (self.m - 1) * largest < best:
+                counts = self.counts(edges)
+                if counts is not None:
+                    best, chosen = total + (self.m - 1) * largest, counts
+            ceiling = largest
+        return chosen
+
+    def counts(self, edges: tuple[int, ...]) -> Counts | None:
+        """These cuts with the least recomputation, rounded up, that makes every stage fit."""
+        from planner.pipeline import excess_bytes
+
+        chosen = [min(range(len(run.options)), key=lambda o, run=run: run.options[o].forward + run.options[o].backward)  # type: ignore[misc]
+                  for run in self.pipeline.runs]  # fmt: skip
+        order = sorted((item for item in self.relief if item.saved > 0), key=_price)
+        for _ in range(self.n + 1):
+            counts = tuple(
+                tuple(
+                    tuple(int(a <= layer < b and o == chosen[layer]) for o in range(len(run.options)))
+                    for layer, run in enumerate(self.pipeline.runs)
+                )
+                for a, b in itertools.pairwise(edges)
+            )
+            over, moment = excess_bytes(self.pipeline, counts)
+            if over <= 0:
+                return counts
+            a, b = edges[moment.stage], edges[moment.stage + 1]
+            fitting = [item for item in order if a <= item.layer < b and chosen[item.layer] != self._least(item.layer)]
+            if not fitting:
+                return None
+            enough = [item for item in fitting if item.saved * self.in_flight[moment.stage] >= over]
+            pick = min(enough, key=lambda item: item.seconds) if enough else fitting[0]
+            chosen[pick.layer] = self._least(pick.layer)
+        return None
+
+    def _least(self, layer: int) -> int:
+        options = self.pipeline.runs[layer].options
+        return min(range(len(options)), key=lambda o: options[o].saved)
+
+
+def _price(item: _Relief) -> float:
+    """Seconds per byte."""
+    return item.seconds / item.saved
+
+
+def _cut(tables: list[list[list[float]]], count: int, ceiling: float) -> tuple[float, float, tuple[int, ...]] | None:
+    """The least sum over cuts into stages that stay below the ceiling: sum, largest, cuts."""
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
+    for number, table in enumerate(tables):
+        left = len(tables) - number - 1
+        row: dict[int, tuple[float, int]] = {}
+        for i, (total, _) in best[-1].items():
+            for j in range(i + 1, count - left + 1):
+                value = table[i][j]
+                if value < ceiling and (j not in row or total + value < row[j][0]):
+                    row[j] = (total + value, i)
+        best.append(row)
+    if count not in best[-1]:
+        return None
+    cuts = [count]
+    for row in reversed(best[1:]):
+        cuts.append(row[cuts[-1]][1])
+    edges = tuple(reversed(cuts))
+    largest = max(table[i][j] for table, (i, j) in zip(tables, itertools.pairwise(edges), strict=True))
+    return best[-1][count][0], largest, edges

@@ -1,0 +1,214 @@
+"""One training step of a module under a dispatch mode that writes down every operation: what it reads, writes and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from planner.traced import OperationKind
+
+
+class Work(NamedTuple):
+    """One operation: its kind, FLOPs, and bytes read and written."""
+
+    kind: OperationKind
+    flops: float
+    moved: float
+
+
+@dataclass(slots=True)
+class Node:
+    """A call of a module without children, or an operation that another module does itself."""
+
+    name: str
+    sources: dict[int, None] = field(default_factory=dict)
+    forward: list[Work] = field(default_factory=list)
+    backward: list[Work] = field(default_factory=list)
+    parameters: dict[int, int] = field(default_factory=dict)
+    """Elements of the trained parameters that it reads, by storage; frozen ones in `frozen`, in bytes."""
+    frozen: dict[int, int] = field(default_factory=dict)
+    made: dict[int, int] = field(default_factory=dict)
+    """Bytes of the storages that it writes."""
+    trained: bool = False
+    """Whether what it makes depends on a trained parameter."""
+    forward_transient: float = 0.0
+    backward_transient: float = 0.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """One step with a number of samples."""
+
+    nodes: list[Node]
+    saved: dict[int, tuple[int, dict[int, None]]]
+    """Storages that autograd keeps: bytes, and the nodes that keep them."""
+    made_by: dict[int, int]
+    """The node that wrote a storage first."""
+    readers: dict[int, set[int]]
+    """The nodes that read a storage."""
+    outputs: dict[int, None]
+    """Nodes whose values the module returns."""
+
+
+def _storage(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _size(tensor: Any) -> int:
+    return int(tensor.numel()) * int(tensor.element_size())
+
+
+def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: Any) -> Trace:
+    """One forward and backward pass under a dispatch mode that writes down every operation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    nodes: list[Node] = []
+    trained = {_storage(p): int(p.numel()) for p in module.parameters() if p.requires_grad}
+    fixed = {_storage(t): _size(t) for t in (*module.parameters(), *module.buffers())}
+    written: dict[int, int] = {}
+    made_by: dict[int, int] = {}
+    readers: dict[int, set[int]] = {}
+    learned: set[int] = set()
+    saved: dict[int, tuple[int, dict[int, None]]] = {}
+    kept: list[tuple[int, int, int]] = []
+    node_of: dict[int, int] = {}  # by autograd's sequence number
+    alive: list[Any] = []  # fake tensors, so that no storage's address is used twice
+    stack: list[tuple[str, int | None]] = []
+    state = {"backward": False, "last": -1}
+
+    def current(name: str) -> int:
+        if stack and stack[-1][1] is not None:
+            return stack[-1][1]
+        nodes.append(Node(f"{stack[-1][0]}.{name}" if stack and stack[-1][0] else name))
+        return len(nodes) - 1
+
+    def work(func: Any, args: Any, kwargs: Any, out: Any, moved: float) -> Work:
+        name, count = str(func), flop_registry.get(func._overloadpacket)
+        if count is not None:
+            return Work("attention" if "attention" in name else "matmul", float(count(*args, **kwargs, out_val=out)), moved)
+        if "scaled_dot_product" not in name:
+            return Work("elementwise", 0.0, moved)
+        # the CPU's fused attention: two products forward; five backward, one of them the scores again
+        first = 1 if "backward" in name else 0
+        query, key = args[first], args[first + 1]
+        product = 2.0 * query.numel() * key.shape[-2]
+        return Work("attention", (5 if first else 2) * product, moved)
+
+    def forward(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        wrote = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        known = {_storage(t) for t in read}
+        if not wrote or (not func._schema.is_mutable and all(_storage(t) in known for t in wrote)):
+            return  # a view
+        index = current(func._overloadpacket.__name__)
+        node = nodes[index]
+        node_of.setdefault(torch.autograd._get_sequence_nr() - 1, index)
+        for tensor in read:
+            key = _storage(tensor)
+            readers.setdefault(key, set()).add(index)
+            if key in trained:
+                node.parameters[key] = trained[key]
+                node.trained = True
+            elif key in fixed:
+                node.frozen[key] = fixed[key]
+            elif key in written and written[key] != index:
+                node.sources[written[key]] = None
+            node.trained = node.trained or key in learned
+        moved = 0.0 if not read and func._overloadpacket.__name__ == "empty" else float(sum(map(_size, (*read, *wrote))))
+        node.forward.append(work(func, args, kwargs, out, moved))
+        node.forward_transient = max(node.forward_transient, float(sum(_size(t) for t in wrote if _storage(t) not in fixed)))
+        for tensor in wrote:
+            key = _storage(tensor)
+            if key in fixed:
+                continue
+            alive.append(tensor)
+            written[key] = index
+            made_by.setdefault(key, index)
+            node.made[key] = int(tensor.untyped_storage().nbytes())
+            if node.trained and tensor.is_floating_point():
+                learned.add(key)
+
+    def backward(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        running = torch._C._current_autograd_node()
+        if running is None or "AccumulateGrad" in running.name():
+            return
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        wrote = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        known = {_storage(t) for t in read}
+        if not wrote or all(_storage(t) in known for t in wrote):
+            return
+        alive.extend(wrote)
+        index = node_of.get(running._sequence_nr(), state["last"])
+        if index < 0:
+            return  # of the sum that starts the pass
+        state["last"] = index
+        node = nodes[index]
+        node.backward.append(work(func, args, kwargs, out, float(sum(map(_size, (*read, *wrote))))))
+        grads = [t for t in read if _storage(t) not in fixed and _storage(t) not in saved]
+        node.backward_transient = max(node.backward_transient, float(sum(map(_size, (*grads, *wrote)))))
+
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.namespace != "prim":
+                (backward if state["backward"] else forward)(func, args, kwargs or {}, out)
+            return out
+
+    def keep(tensor: Any) -> Any:
+        """Called before or after the operation itself, so that its node is looked up at the end."""
+        key = _storage(tensor)
+        if key not in fixed:
+            alive.append(tensor)
+            kept.append((key, int(tensor.untyped_storage().nbytes()), torch.autograd._get_sequence_nr() - 1))
+        return tensor
+
+    def enter(name: str, leaf: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            index = None
+            if leaf and not (stack and stack[-1][1] is not None):
+                nodes.append(Node(name))
+                index = len(nodes) - 1
+            stack.append((name, index if index is not None else stack[-1][1] if stack else None))
+
+        return hook
+
+    handles = []
+    for name, child in module.named_modules():
+        leaf = bool(name) and not list(child.children())
+        handles.append(child.register_forward_pre_hook(enter(name, leaf), prepend=True))
+        handles.append(child.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        with Recorder(), torch.enable_grad():  # type: ignore[no-untyped-call]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                result = module(*inputs[0], **inputs[1])
+            for key, size, number in kept:
+                if number in node_of:
+                    saved.setdefault(key, (size, {}))[1][node_of[number]] = None
+            leaves = [t for t in _tensors(result, torch) if t.requires_grad]
+            if not leaves:
+                raise ValueError("the module returns no tensor that depends on a trained parameter")
+            outputs = {written[_storage(t)]: None for t in leaves if _storage(t) in written}
+            state["backward"] = True
+            torch.autograd.backward([t.float().sum() for t in leaves])
+    finally:
+        for handle in handles:
+            handle.remove()
+        module.zero_grad(set_to_none=True)
+    return Trace(nodes, saved, made_by, readers, outputs)
+
+
+def _tensors(value: Any, torch: Any) -> Iterator[Any]:
+    """The tensors of an output: of tuples, dicts, and objects with fields such as those of transformers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, torch)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item, torch)
+
+
