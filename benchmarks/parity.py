@@ -97,6 +97,12 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination(recompute="mixed", schedule="ZBVZeroBubble", pp=2, v=2),
     combination("llama", recompute="selective", schedule="InterleavedZeroBubble", pp=2, v=2),
     combination(recompute="full", dp=2, zero=3),
+    # attention whose scores are stored, against one that is fused
+    combination(attention="unfused", tp=2, recompute="selective", fast=True),
+    combination("llama", attention="unfused", pp=2, schedule="1F1B", fast=True),
+    combination("llama", attention="unfused", tp=4, sp=True),
+    combination(attention="unfused", recompute="full", dp=2, zero=3),
+    combination("llama", attention="unfused", schedule="ZBVZeroBubble", pp=2, v=2, recompute="selective"),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -150,7 +156,12 @@ def plan_of(row: dict[str, Any], precision: str = "fp32") -> Plan:
     inputs = Inputs(
         model=model,
         cluster=load_cluster(f"cpu:{dp * tp * pp}"),
-        training=Training(global_batch_size=BATCH, sequence_length=SEQUENCE, precision=precision),  # type: ignore[arg-type]
+        training=Training(
+            global_batch_size=BATCH,
+            sequence_length=SEQUENCE,
+            precision=precision,  # type: ignore[arg-type]
+            attention=made.get("attention", "fused"),
+        ),
     )
     decisions = Decisions(
         data_parallel=dp,
@@ -188,6 +199,7 @@ def describe(row: dict[str, Any]) -> str:
     parts += ["sequence parallel"] if made.get("sp") else []
     parts += [made["schedule"]] if made.get("schedule") else []
     parts += [f"recompute {made['recompute']}"] if made.get("recompute") else []
+    parts += [f"{made['attention']} attention"] if made.get("attention") else []
     parts += [f"stages {made['sizes']}"] if made.get("sizes") else []
     parts += ["ranks " + "-".join(made["order"])] if made.get("order") else []
     return " ".join(parts)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from executor.attention import Rope
 from executor.mesh import Axis
 from executor.units import Unit
 
@@ -301,61 +302,3 @@ def linear_weight_gradient(unit: Unit, linear: str, dy: torch.Tensor, x: torch.T
     unit.gradient(f"{linear}.weight").addmm_(dy.t(), x)
     if f"{linear}.bias" in unit.keys:
         unit.gradient(f"{linear}.bias").add_(dy.sum(0))
-
-
-# positions and attention
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves rotated against each other as in Llama."""
-
-    cosine: torch.Tensor
-    """[sequence, 1, head_dim / 2] in fp32 (as `sine`)."""
-    sine: torch.Tensor
-    num_heads: int
-    """Query and key heads of this rank, which come first in a row."""
-    head_dim: int
-
-    def rotate_(self, rows: torch.Tensor, direction: float) -> None:
-        """Rotates the query and key heads of `rows` [tokens, ...] in place."""
-        length = self.cosine.shape[0]
-        heads = rows[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim)).unflatten(0, (-1, length))
-        first, second = heads.chunk(2, -1)
-        cosine, sine = self.cosine.to(rows.dtype), (self.sine * direction).to(rows.dtype)
-        kept = first.clone()
-        first.mul_(cosine).addcmul_(second, sine, value=-1.0)
-        second.mul_(cosine).addcmul_(kept, sine)
-
-
-def make_rope(length: int, num_heads: int, head_dim: int, theta: float, device: torch.device) -> Rope:
-    """The tables for positions 0..length-1."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
-    return Rope(angles.cos(), angles.sin(), num_heads, head_dim)
-
-
-class SplitHeads(torch.autograd.Function):
-    """Query, key and value as views [batch, sequence, heads, head_dim] of one [tokens, ...] tensor. Saves nothing; the backward pass writes the
-    three gradients into one tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, batch: int, heads: tuple[int, int, int], head_dim: int) -> tuple[torch.Tensor, ...]:
-        ctx.shape = qkv.shape
-        ctx.set_materialize_grads(False)
-        length = qkv.shape[0] // batch
-        parts = qkv.split([count * head_dim for count in heads], 1)
-        return tuple(part.view(batch, length, count, head_dim) for part, count in zip(parts, heads, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens = ctx.shape[0]
-        return torch.cat([gradient.reshape(tokens, -1) for gradient in gradients], 1), None, None, None
-
-
-def attention(qkv: torch.Tensor, batch: int, heads: tuple[int, int, int], head_dim: int) -> torch.Tensor:
-    """Causal attention of [tokens, (a + 2k)·d] to [tokens, a·d]. Saves qkv, the output, and one fp32 per token and head."""
-    q, k, v = (part.transpose(1, 2) for part in SplitHeads.apply(qkv, batch, heads, head_dim))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1])
-    return out.transpose(1, 2).reshape(qkv.shape[0], heads[0] * head_dim)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from executor.functions import NormLinear, Rope, RowLinear, State, attention, make_rope
+from executor.attention import Rope, UnfusedAttention, attention, make_rope
+from executor.functions import NormLinear, RowLinear, State
 from executor.mesh import Mesh
 from executor.units import Entry, Layout, Piece, Unit, make_layout
 from executor.vocabulary import Embed, HeadLoss, Norm, head_logits, vocabulary_range
@@ -141,6 +142,7 @@ class Shape:
     """Query, key and value heads of this rank."""
     head_dim: int
     dropout: float = 0.0
+    unfused_attention: bool = False
 
 
 class Enter(torch.autograd.Function):
@@ -177,7 +179,10 @@ class Leave(torch.autograd.Function):
 def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, rope: Rope | None, lean: bool) -> torch.Tensor:
     """One pre-norm transformer block."""
     qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, rope)
-    mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim)
+    if shape.unfused_attention:
+        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean)
+    else:
+        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim)
     del qkv
     if not shape.dropout:
         x = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
@@ -235,6 +240,7 @@ def build_stages(
     dtype: torch.dtype,
     device: torch.device,
     dropout: float = 0.0,
+    unfused_attention: bool = False,
 ) -> dict[int, StageModel]:
     """This rank's stages by their index, weights zero until initialised."""
     degree, rank = decisions.tensor_parallel, mesh.tp.index
@@ -242,7 +248,8 @@ def build_stages(
     tokens = batch * sequence_length
     key_heads = max(1, model.num_key_value_heads // degree)
     heads = (model.num_attention_heads // degree, key_heads, key_heads)
-    shape = Shape(batch, sequence_length, tokens // degree if decisions.sequence_parallel else tokens, heads, model.head_dim, dropout)
+    rows = tokens // degree if decisions.sequence_parallel else tokens
+    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention)
     rope = None
     if model.position_embedding == "rope":
         rope = make_rope(sequence_length, heads[0] + heads[1], model.head_dim, model.rope_theta, device)

@@ -91,7 +91,15 @@ class Trainer:
         if options.compile:
             compile_kernels(self.state)
         self.stages: dict[int, StageModel] = build_stages(
-            model, decisions, training.sequence_length, mesh, self.state, dtype=dtype, device=device, dropout=options.dropout
+            model,
+            decisions,
+            training.sequence_length,
+            mesh,
+            self.state,
+            dtype=dtype,
+            device=device,
+            dropout=options.dropout,
+            unfused_attention=training.attention == "unfused",
         )
         self.units: list[Unit] = [unit for stage in self.stages.values() for unit in stage.units]
         self.optimizers = [UnitOptimizer(unit, options.optimizer, training.precision == "mixed-bf16") for unit in self.units]

@@ -122,6 +122,52 @@ def sum_gradients(tape: Tape, s: Shape, *, held: bool) -> None:
     tape.give(s.row if held else 2 * s.row)
 
 
+def attention_forward(tape: Tape, s: Shape, lean: bool) -> None:
+    """Leaves the output, and the log-sum-exp of fused attention or the probabilities of unfused, those unless `lean`; qkv is there before."""
+    if not s.scores:
+        tape.take(s.query + s.head_stats)
+        return
+    with tape.during(s.query), tape.during(s.key):
+        probabilities(tape, s)
+    with tape.during(s.key):
+        tape.take(s.query)
+    if lean:
+        tape.give(s.scores)
+    tape.take(s.query)
+    tape.give(s.query)
+
+
+def probabilities(tape: Tape, s: Shape) -> None:
+    """Leaves the softmax of the scores."""
+    with tape.during(s.scores):
+        with tape.during(s.causal_mask):
+            pass
+        tape.take(s.scores)
+
+
+def attention_backward(tape: Tape, s: Shape, lean: bool, split: bool) -> None:
+    """From the output's gradient to that of qkv; frees what the forward pass left, qkv with it, but with `split` not the output."""
+    if not s.scores:
+        tape.take(s.qkv)
+        tape.give(s.query + s.qkv + s.head_stats + (0 if split else s.query))
+        with tape.during(s.qkv):  # the gradients of query, key and value, put together in one tensor
+            pass
+        return
+    tape.give(0 if split else s.query)  # the output, which only the projection behind it needs
+    with tape.during(s.query), tape.during(s.key):
+        if lean:
+            probabilities(tape, s)
+        tape.take(s.qkv)
+        with tape.during(s.query), tape.during(s.key):
+            tape.take(s.scores)
+        with tape.during(s.scores):
+            pass
+        with tape.during(s.query):
+            pass
+        tape.give(s.scores)
+    tape.give(s.scores + s.qkv + s.query)
+
+
 def activation_backward(tape: Tape, s: Shape) -> None:
     """Leaves the gradient of the first linear's output; that of the second's input is the caller's."""
     tape.take(s.up)
@@ -144,9 +190,9 @@ def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     norm_linear_forward(tape, s, s.qkv, lean, rope=True)
     if free:
         tape.give(s.row + s.stats)
-    tape.take(s.query + s.head_stats)
+    attention_forward(tape, s, lean)
     if free:
-        tape.give(s.head_stats + s.qkv)
+        tape.give(s.head_stats + s.scores + s.qkv)
     row_linear_forward(tape, s)
     if free:
         tape.give(s.query)
@@ -186,14 +232,11 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
     norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
     sum_gradients(tape, s, held=held or kept)
     tape.take(s.gathered)
-    with tape.during(s.query):
-        tape.take(bias)
-        if not split:
-            tape.give(s.gathered + bias)
-        tape.take(s.qkv)
-    tape.give(s.qkv + s.head_stats + (0 if split else s.query))
-    tape.take(s.qkv)
-    tape.give(s.qkv)
+    tape.take(s.query)
+    tape.take(bias)
+    if not split:
+        tape.give(s.gathered + bias)
+    attention_backward(tape, s, lean, split)
     norm_linear_backward(tape, s, s.qkv, lean, split, rope=True, bias=s.biases)
     sum_gradients(tape, s, held=kept)
 

@@ -29,6 +29,10 @@ class Term(NamedTuple):
 
 def kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     """What one block keeps of one micro-batch for its backward pass, tensor by tensor; they add up to `LayerActivations.kept`."""
+    return [term._replace(formula=f"{term.formula}, {term.size / shape.tokens:,.6g} B a token") for term in _kept_terms(shape, level)]
+
+
+def _kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     rows, per = "R·h·e", "block and micro-batch"
     terms = [Term("block input", rows, shape.row, per, "the first norm's input, needed for its gradient, and all that full recomputation keeps")]
     if level == "full":
@@ -37,10 +41,17 @@ def kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     terms.append(Term("attention norm's statistics", "R·2·e or R·4", shape.stats, per, stats))
     if level == "none":
         terms.append(Term("attention norm's output", rows, shape.row, per, "input of the query, key and value projections; selective recomputes it"))
+    scores = "are gone once their softmax is there" if level == "none" else "are made from them again"
+    scores = scores if shape.scores else "are never stored"
+    terms.append(Term("query, key, value", "T·(a + 2k)·D·e / t", shape.qkv, per, f"inputs of the attention; its scores {scores}"))
+    terms.append(Term("attention output", "T·a·D·e / t", shape.query, per, "input of the output projection"))
+    if not shape.scores:
+        why = "one fp32 per token and head: the scores again, in the backward pass"
+        terms.append(Term("attention's log-sum-exp", "T·a·4 / t", shape.head_stats, per, why))
+    elif level == "none":
+        why = "softmax of the scores, one for each pair of tokens; fused attention and selective recomputation do without"
+        terms.append(Term("attention's probabilities", "T·a·s·e / t", shape.scores, per, why))
     terms += [
-        Term("query, key, value", "T·(a + 2k)·D·e / t", shape.qkv, per, "inputs of the attention; its scores are never stored"),
-        Term("attention output", "T·a·D·e / t", shape.query, per, "input of the output projection"),
-        Term("attention's log-sum-exp", "T·a·4 / t", shape.head_stats, per, "one fp32 per token and head: the scores again, in the backward pass"),
         Term("MLP input", rows, shape.row, per, "the second norm's input"),
         Term("MLP norm's statistics", "R·2·e or R·4", shape.stats, per, "as above"),
     ]
@@ -59,7 +70,8 @@ def symbols(inputs: Inputs, decisions: Decisions) -> str:
     return (
         f"T = {shape.tokens:,} tokens of a micro-batch; R = {shape.rows:,} rows of an activation (T / t with sequence parallelism); "
         f"t = {decisions.tensor_parallel} tensor-parallel ranks; h = {model.hidden_size:,}; f = {model.ffn_hidden_size:,}; "
-        f"a = {model.num_attention_heads} heads; k = {model.num_key_value_heads} key-value heads; D = {model.head_dim} a head; e = {shape.e} bytes"
+        f"s = {inputs.training.sequence_length:,}; a = {model.num_attention_heads} heads; "
+        f"k = {model.num_key_value_heads} key-value heads; D = {model.head_dim} a head; e = {shape.e} bytes"
     )
 
 

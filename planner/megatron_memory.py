@@ -63,7 +63,7 @@ def block_terms(model: ModelSpec, sequence_length: int, tensor_parallel: int, se
 
 
 def megatron_activations(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> LayerActivations:
-    """One layer on one rank, per micro-batch."""
+    """One layer on one rank, per micro-batch. Fused attention, where the inputs ask for it, keeps its log-sum-exp for the 5·a·s."""
     model = inputs.model
     tokens = decisions.micro_batch_size * inputs.training.sequence_length
     terms = block_terms(model, inputs.training.sequence_length, decisions.tensor_parallel, decisions.sequence_parallel)
@@ -73,8 +73,9 @@ def megatron_activations(inputs: Inputs, decisions: Decisions, kind: LayerKind, 
         # The logits in fp32 and the inputs of the final norm and of the projection live only while the head runs.
         return _of(0.0, tokens * (2 * terms.row + 4 * model.vocab_size / decisions.tensor_parallel))
     masks = terms.masks / 2 if model.gated_ffn else terms.masks  # a gated MLP has no dropout
-    scores = tokens * terms.scores
-    block = tokens * (terms.rows + masks + terms.split)
+    fused = inputs.training.attention == "fused"
+    scores = 0.0 if fused else tokens * terms.scores
+    block = tokens * (terms.rows + masks + terms.split + (terms.statistics if fused else 0))
     if recompute == "full":
         return _of(tokens * terms.row, block + scores)
     if recompute == "selective":

@@ -27,7 +27,9 @@ Precision = Literal["mixed-bf16", "fp32", "bf16"]
 Optimizer = Literal["adam", "sgd"]
 Axis = Literal["tp", "dp", "pp"]
 Profile = Literal["meshwright", "megatron"]
+Attention = Literal["fused", "unfused"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 RECOMPUTE_LEVELS: tuple[str, ...] = get_args(Recompute)
 SPLIT_BACKWARD_SCHEDULES = frozenset({"InterleavedZeroBubble", "ZBVZeroBubble"})
 """Schedules that run the gradients of inputs and of weights as separate actions."""
@@ -91,6 +93,9 @@ class Training(Document, frozen=True, kw_only=True):
     optimizer: Optimizer = "adam"
     profile: Profile = "meshwright"
     """Whose implementation is costed: this package's executor, or Megatron-LM's published formulas."""
+    attention: Attention | None = None
+    """Whether attention is one operation that never stores the scores, or three that do. None: as the profile has it, fused in
+    `meshwright`; the formula of `megatron` stores the scores."""
     memory_fraction: float = 1.0
     """Of a GPU's memory that a plan may use."""
 

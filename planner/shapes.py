@@ -67,7 +67,11 @@ class Shape:
     vocabulary: int
     """V/t rows of the table on this rank."""
     head_stats: int
-    """T·(a/t)·4: attention's fp32 log-sum-exp."""
+    """T·(a/t)·4: the fp32 log-sum-exp of fused attention; 0 where it is not fused."""
+    scores: int
+    """T·(a/t)·s·e: the scores of attention that is not fused, and as many bytes its probabilities; 0 where it is fused."""
+    causal_mask: int
+    """s²: which scores are masked, in bytes, for every sample and head; 0 where attention is fused."""
     rotated: int
     """Bytes of half of the rotated query and key heads."""
     rope: int
@@ -124,12 +128,15 @@ def shape_of(inputs: Inputs, decisions: Decisions, buffers: tuple[int, int, int]
         decisions.micro_batch_size * inputs.training.sequence_length,
         inputs.training.sequence_length,
         4 if inputs.training.precision == "fp32" else 2,
+        inputs.training.attention == "unfused",
         buffers,
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _shape(model: ModelSpec, t: int, sequence_parallel: bool, tokens: int, length: int, e: int, buffers: tuple[int, int, int]) -> Shape:
+def _shape(
+    model: ModelSpec, t: int, sequence_parallel: bool, tokens: int, length: int, e: int, unfused: bool, buffers: tuple[int, int, int]
+) -> Shape:
     rows = tokens // t if sequence_parallel else tokens
     heads = model.num_attention_heads // t
     key_heads = max(model.num_key_value_heads // t, 1)
@@ -145,7 +152,9 @@ def _shape(model: ModelSpec, t: int, sequence_parallel: bool, tokens: int, lengt
         rows=rows,
         tokens=tokens,
         vocabulary=-(-model.vocab_size // t),
-        head_stats=tokens * heads * 4,
+        head_stats=0 if unfused else tokens * heads * 4,
+        scores=tokens * heads * length * e if unfused else 0,
+        causal_mask=length * length if unfused else 0,
         rotated=tokens * (heads + key_heads) * (model.head_dim // 2) * e if rope else 0,
         rope=length * (model.head_dim // 2) if rope else 0,
         e=e,

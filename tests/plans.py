@@ -46,6 +46,7 @@ def make_plan(
     sequence_length: int | None = None,
     precision: str = "mixed-bf16",
     optimizer: str = "adam",
+    attention: Any = None,
     runners_up: bool = False,
     **decisions: Any,
 ) -> Plan:
@@ -60,6 +61,7 @@ def make_plan(
             sequence_length=sequence_length or min(spec.max_sequence_length, 2048),
             precision=precision,
             optimizer=optimizer,
+            attention=attention,
         ),
     )
     stages = even_stages(spec, schedule, pp, virtual, "none")

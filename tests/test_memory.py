@@ -52,6 +52,7 @@ def plans(draw: st.DrawFn) -> Plan:
             precision=draw(st.sampled_from(["mixed-bf16", "fp32", "bf16"])),
             optimizer=draw(st.sampled_from(["adam", "sgd"])),
             recompute=draw(st.sampled_from(["none", "selective", "full"])),
+            attention=draw(st.sampled_from([None, "fused", "unfused", "unfused"])),
         )
     except InputError:
         assume(False)

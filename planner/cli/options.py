@@ -14,7 +14,7 @@ from planner.cluster import ClusterSpec, load_cluster, presets, with_num_gpus
 from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
-from planner.plan import RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
+from planner.plan import ATTENTIONS, RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
@@ -35,6 +35,7 @@ class Request:
     precision: str
     optimizer: str
     profile: str
+    attention: str | None
     memory_fraction: float
     tensor_parallel: int | None
     pipeline_parallel: int | None
@@ -122,6 +123,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--precision", type=choice(PRECISIONS), default="mixed-bf16", show_default=True, help="mixed-bf16: 2 + 2 + 12 bytes a parameter."),
     click.option("--optimizer", type=choice(OPTIMIZERS), default="adam", show_default=True),
     click.option("--profile", type=choice(PROFILES), default="meshwright", show_default=True, help="Whose implementation's memory is predicted."),
+    click.option(
+        "--attention", type=choice(ATTENTIONS), help="fused: scores are never stored (default); unfused: they are, which megatron's formula assumes."
+    ),
     click.option("--memory-fraction", type=NUMBER, default=1.0, show_default=True, help="Of a GPU's memory that may be used."),
     click.option("--tensor-parallel", "--tp", "tensor_parallel", type=POSITIVE),
     click.option("--pipeline-parallel", "--pp", "pipeline_parallel", type=POSITIVE),
@@ -247,6 +251,7 @@ def training_of(request: Request, model: ModelSpec, default_batch: int | None) -
         precision=request.precision,  # type: ignore[arg-type]
         optimizer=request.optimizer,  # type: ignore[arg-type]
         profile=request.profile,  # type: ignore[arg-type]
+        attention=request.attention or ("fused" if request.profile == "meshwright" else None),  # type: ignore[arg-type]
         memory_fraction=request.memory_fraction,
     )
 

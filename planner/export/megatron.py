@@ -158,6 +158,8 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     if padded != model.vocab_size:
         notes.append(f"the vocabulary of {model.vocab_size} is padded to {padded}, a multiple of tensor parallel.")
     out += [flag("--tokenizer-type", "NullTokenizer"), flag("--vocab-size", model.vocab_size), flag("--make-vocab-size-divisible-by", 1)]
+    if plan.inputs.training.attention == "unfused":
+        out.append(flag("--attention-backend", "unfused"))
     if plan.inputs.training.profile == "meshwright":
         out += [flag("--attention-dropout", 0.0), flag("--hidden-dropout", 0.0)]
     return out
