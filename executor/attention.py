@@ -1,0 +1,157 @@
+"""Positions and attention: fused (one operation that never stores the scores), or unfused (scores, softmax, product, one after the other).
+
+Both go from [tokens, (a + 2k)·d], the query, key and value heads of each token side by side, to [tokens, a·d], and are causal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Heads = tuple[int, int, int]
+"""Query, key and value heads of this rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves rotated against each other as in Llama."""
+
+    cosine: torch.Tensor
+    """[sequence, 1, head_dim / 2] in fp32 (as `sine`)."""
+    sine: torch.Tensor
+    num_heads: int
+    """Query and key heads of this rank, which come first in a row."""
+    head_dim: int
+
+    def rotate_(self, rows: torch.Tensor, direction: float) -> None:
+        """Rotates the query and key heads of `rows` [tokens, ...] in place."""
+        length = self.cosine.shape[0]
+        heads = rows[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim)).unflatten(0, (-1, length))
+        first, second = heads.chunk(2, -1)
+        cosine, sine = self.cosine.to(rows.dtype), (self.sine * direction).to(rows.dtype)
+        kept = first.clone()
+        first.mul_(cosine).addcmul_(second, sine, value=-1.0)
+        second.mul_(cosine).addcmul_(kept, sine)
+
+
+def make_rope(length: int, num_heads: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    """The tables for positions 0..length-1."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
+    return Rope(angles.cos(), angles.sin(), num_heads, head_dim)
+
+
+class SplitHeads(torch.autograd.Function):
+    """Query, key and value as views [batch, sequence, heads, head_dim] of one [tokens, ...] tensor. Saves nothing; the backward pass writes the
+    three gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int) -> tuple[torch.Tensor, ...]:
+        ctx.shape = qkv.shape
+        ctx.set_materialize_grads(False)
+        length = qkv.shape[0] // batch
+        parts = qkv.split([count * head_dim for count in heads], 1)
+        return tuple(part.view(batch, length, count, head_dim) for part, count in zip(parts, heads, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens = ctx.shape[0]
+        return torch.cat([gradient.reshape(tokens, -1) for gradient in gradients], 1), None, None, None
+
+
+def attention(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int) -> torch.Tensor:
+    """Fused. Saves qkv, the output, and one fp32 per token and head."""
+    q, k, v = (part.transpose(1, 2) for part in SplitHeads.apply(qkv, batch, heads, head_dim))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1])
+    return out.transpose(1, 2).reshape(qkv.shape[0], heads[0] * head_dim)
+
+
+class UnfusedAttention(torch.autograd.Function):
+    """Unfused: softmax(q k^T / sqrt(d)) v with every step in memory.
+
+    Saves qkv and, unless `lean`, the probabilities (tokens · a · sequence), which `lean` makes again; with dropout also its mask, a byte each.
+    Query heads that share a key-value head are rows of one product, so nothing is repeated for them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, dropout: float, lean: bool) -> torch.Tensor:
+        ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout = batch, heads, head_dim, dropout
+        query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
+        probabilities = _probabilities(query, key)
+        del query, key
+        mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout else None
+        ctx.save_for_backward(qkv, None if lean else probabilities, mask)
+        if mask is not None:
+            probabilities = _dropped(probabilities, mask, dropout)
+        out = torch.bmm(probabilities, _by_head(qkv, batch, heads, head_dim, 2))
+        del probabilities
+        result = qkv.new_empty((qkv.shape[0], heads[0] * head_dim))
+        _as_heads(result, batch, heads[0], head_dim).copy_(out.view(batch, heads[0], -1, head_dim))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        batch, heads, head_dim, dropout = ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout
+        qkv, probabilities, mask = ctx.saved_tensors
+        query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
+        if probabilities is None:
+            probabilities = _probabilities(query, key)
+        dqkv = torch.empty_like(qkv)
+        parts = dqkv.split([count * head_dim for count in heads], 1)
+
+        def put(index: int, gradient: torch.Tensor) -> None:
+            _as_heads(parts[index], batch, heads[index], head_dim).copy_(gradient.view(batch, heads[index], -1, head_dim))
+
+        grouped = _grouped(dout, batch, heads, head_dim)
+        used = probabilities if mask is None else _dropped(probabilities, mask, dropout)
+        put(2, torch.bmm(used.transpose(1, 2), grouped))
+        del used
+        gradient = torch.bmm(grouped, _by_head(qkv, batch, heads, head_dim, 2).transpose(1, 2))
+        del grouped
+        if mask is not None:
+            gradient = _dropped(gradient, mask, dropout)
+        # zero where the causal mask made the probability zero
+        gradient = torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+        put(1, torch.bmm(gradient.transpose(1, 2), query))
+        put(0, torch.bmm(gradient, key).mul_(1.0 / math.sqrt(head_dim)))
+        return dqkv, None, None, None, None, None
+
+
+def _as_heads(rows: torch.Tensor, batch: int, count: int, head_dim: int) -> torch.Tensor:
+    """A view [batch, heads, sequence, head_dim] of rows [tokens, heads·head_dim]."""
+    return rows.view(batch, -1, count, head_dim).transpose(1, 2)
+
+
+def _grouped(rows: torch.Tensor, batch: int, heads: Heads, head_dim: int) -> torch.Tensor:
+    """A copy [batch · k, (heads / k) · sequence, head_dim] of rows [tokens, heads·head_dim]."""
+    count = rows.shape[1] // head_dim
+    copy = _as_heads(rows, batch, count, head_dim).clone(memory_format=torch.contiguous_format)
+    return copy.view(batch * heads[1], -1, head_dim)
+
+
+def _by_head(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, index: int) -> torch.Tensor:
+    """A copy of the query (0), key (1) or value (2) heads as `_grouped` has them; the query divided by sqrt(head_dim)."""
+    start = sum(heads[:index]) * head_dim
+    rows = _grouped(qkv[:, start : start + heads[index] * head_dim], batch, heads, head_dim)
+    return rows.mul_(1.0 / math.sqrt(head_dim)) if index == 0 else rows
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """softmax(query key^T) over what is not later, [batch · k, (a / k) · sequence, sequence]."""
+    length = key.shape[1]
+    scores = torch.bmm(query, key.transpose(1, 2))
+    later = torch.ones((length, length), dtype=torch.bool, device=query.device).triu_(1)
+    scores.view(-1, length, length).masked_fill_(later, -math.inf)
+    del later
+    return torch.softmax(scores, -1)
+
+
+def _dropped(values: torch.Tensor, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    return (values * mask).mul_(1.0 / (1.0 - dropout))
