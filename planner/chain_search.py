@@ -11,6 +11,7 @@ path bounds their speed: plans are then compared by their walks, and only the wo
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -315,7 +316,7 @@ def _does_not_fit(costs: ChainCosts, constraints: Constraints) -> DoesNotFitErro
             tuple(
                 tuple(int(a <= layer < b and o == len(run.options) - 1) for o in range(len(run.options))) for layer, run in enumerate(pipeline.runs)
             )
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         )
         over, moment = excess_bytes(pipeline, counts)
         if nearest is None or over < nearest[0]:

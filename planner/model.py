@@ -17,6 +17,7 @@ import msgspec
 
 from planner.documents import Document, convert, parse_json, read_text
 from planner.errors import InputError
+from planner.traced import is_reference
 
 PositionEmbedding = Literal["learned", "rope", "alibi"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -170,6 +171,8 @@ def load_model(text: str, where: str = "--model") -> ModelSpec:
 
     Raises InputError when there is no such model, or when its architecture can't be planned.
     """
+    if is_reference(text):
+        raise InputError(where, text, "a traced module can be estimated and solved; here a preset or an HF config.json is expected")
     path = Path(text)
     if path.is_dir():
         return read_hf_config(path / "config.json", where)

@@ -6,13 +6,20 @@ simulated anywhere, without the module's code and without torch. `planner.trace`
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from planner.documents import Document
 
 Affine = tuple[float, float]
 """A quantity of a micro-batch of b samples: the first plus b times the second."""
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 OperationKind = Literal["matmul", "attention", "elementwise"]
+
+
+def is_reference(text: str) -> bool:
+    """Whether `text` has the form package.module:callable."""
+    return _REFERENCE.fullmatch(text) is not None
 
 
 class Operation(Document, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner import documents
+from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import (
     NUMBER,
     Request,
@@ -24,7 +25,8 @@ from planner.cli.options import (
     training_of,
 )
 from planner.errors import InputError
-from planner.plan import Inputs, Plan, load_plan, replace
+from planner.plan import Inputs, Plan, replace
+from planner.traced import is_reference
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
@@ -107,6 +109,10 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
     from planner.tables import plans, text
 
     request = request_of(options)
+    if is_reference(request.model):
+        from planner.cli.chains import estimate_traced
+
+        return estimate_traced(request, as_json)
     if gpus is not None:
         return _sweep(request, gpus, output, as_json)
     model = model_of(request)
@@ -252,9 +258,15 @@ def solve(output: str | None, within_days: float | None, within_gpu_hours: float
     constraints = constraints_of(options)
     request = request_of(options)
     constraints = dataclasses.replace(constraints, fixed=fixed_of(request))
-    inputs = inputs_of(request)
     if output is not None:
         require_folder(output)
+    if is_reference(request.model):
+        from planner.cli.chains import solve_traced
+
+        if within_days is not None or within_gpu_hours is not None:
+            raise InputError("--model", request.model, "a traced module is planned for all GPUs of the cluster")
+        return solve_traced(request, constraints, output, as_json)
+    inputs = inputs_of(request)
     plan = _with_run(_solved(inputs, constraints, request, within_days, within_gpu_hours), request)
     if output is not None:
         documents.write_text(output, documents.dumps(plan))
@@ -311,9 +323,13 @@ def _show_plan(plan: Plan, *, short: bool) -> None:
 @json_option
 def show(plan_file: str, as_json: bool) -> int:
     """A plan as tables; the runners-up and why they lost."""
-    plan = load_plan(plan_file, "PLAN")
+    plan = load_any_plan(plan_file, "PLAN")
     if as_json:
         print_json(plan)
+    elif isinstance(plan, ChainPlan):
+        from planner.cli.chains import show_traced
+
+        show_traced(plan, short=False)
     else:
         _show_plan(plan, short=False)
     return 0
@@ -329,10 +345,15 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     from planner.timeline import bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, exposed_communication_seconds, window
     from planner.timing import predict_timeline
 
-    plan = load_plan(plan_file, "PLAN")
+    plan = load_any_plan(plan_file, "PLAN")
     if trace is not None:
         require_folder(trace)
-    timeline = predict_timeline(plan.inputs, plan.decisions)
+    if isinstance(plan, ChainPlan):
+        from planner import chain_costs
+
+        timeline = chain_costs.predict_timeline(chain_costs.ChainCosts(plan.inputs), plan.decisions)
+    else:
+        timeline = predict_timeline(plan.inputs, plan.decisions)
     fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)
     first, last = window(timeline)
     if trace is not None:

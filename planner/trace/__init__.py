@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,16 +26,10 @@ from planner.trace.layers import SAMPLES, traced_model
 from planner.trace.record import record
 from planner.traced import TracedModel
 
-_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _HOW = (
     "a callable that returns an nn.Module is expected, with its inputs: return (module, example_inputs), or give the module an attribute "
     "example_inputs; a module that starts with nn.Embedding needs --sequence-length alone"
 )
-
-
-def is_reference(text: str) -> bool:
-    """Whether `text` has the form package.module:callable."""
-    return _REFERENCE.fullmatch(text) is not None
 
 
 def trace_model(reference: str, precision: str, sequence_length: int | None = None, where: str = "--model") -> TracedModel:
