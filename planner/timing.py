@@ -1,14 +1,11 @@
 """Seconds of a whole optimizer step: the plan's action lists walked with the times of its layers.
 
-`predict_timeline` is the walk with every event; `predict_time` walks the same lists without keeping events, and in as
-few micro-batches as the result needs: beyond a start-up the walk repeats itself, each p further micro-batches adding
-the same time (a max-plus linear system, Baccelli et al. 1992), which tests/test_timing.py checks against the full walk.
+`predict_timeline` is the walk with every event; `predict_time` walks the same lists without keeping events (planner.walk).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 from planner.accuracy import accuracy
@@ -26,10 +23,11 @@ from planner.layer_time import (
     timed_layer,
     transfer_seconds,
 )
-from planner.plan import Decisions, Inputs, Recompute, Time, block_levels, has_embedding, has_head, stage_ranks
-from planner.schedule import Action, actions, compute_order, plan_actions
+from planner.plan import Decisions, Inputs, Recompute, RecomputeCounts, Time
+from planner.schedule import Action, compute_order, plan_actions
 from planner.software import Software
-from planner.timeline import DeadlockError, Timeline, bubble_fraction, simulate
+from planner.timeline import Timeline, bubble_fraction, simulate
+from planner.walk import StageTimes, rank_ends
 
 __all__ = [
     "LayerSeconds",
@@ -41,14 +39,6 @@ __all__ = [
     "reduce_seconds",
     "transfer_seconds",
 ]
-
-
-WARM_ROUNDS = (2, 6)
-"""Rounds of p micro-batches that are walked before the rest is extrapolated: the second where the first is too few."""
-FULL_WALK = 600
-"""Stages times micro-batches up to which the walk is done in full at once."""
-MAX_WALKED = 20_000
-"""Stages times micro-batches that are walked in full where rounds have not settled."""
 
 
 class TimePrediction(NamedTuple):
@@ -84,7 +74,8 @@ def predict_time(
     durations = _durations(inputs, decisions, program)
     p, m = decisions.pipeline_parallel, decisions.num_microbatches
     shared = _shared_timeline(inputs, decisions, durations) if shares_cores(inputs.cluster, decisions.world_size) else None
-    ends = _last_ends(shared, p) if shared else _rank_ends(decisions, durations, program.blocking_transfers)
+    receive = inputs.cluster.efficiency.receive_seconds
+    ends = _last_ends(shared, p) if shared else _rank_ends(decisions, durations, program.blocking_transfers, receive)
     slowest = max(range(p), key=ends.__getitem__)
     step = ends[slowest] + program.step_seconds
     owned: list[list[int]] = [[] for _ in range(p)]
@@ -134,7 +125,8 @@ def predict_timeline(inputs: Inputs, decisions: Decisions, software: Software | 
         return durations.transfer[action.stage if action.kind == "SEND_F" else action.stage - 1]
 
     blocking = program.blocking_transfers
-    return simulate(lists, seconds, transfer, blocking_send_seconds=transfer if blocking else None)
+    receive = inputs.cluster.efficiency.receive_seconds
+    return simulate(lists, seconds, transfer, blocking_send_seconds=transfer if blocking else None, receive_seconds=receive)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,7 +180,8 @@ def _shared_timeline(inputs: Inputs, decisions: Decisions, durations: _Durations
     def transfer(action: Action) -> float:
         return durations.transfer[action.stage if action.kind == "SEND_F" else action.stage - 1]
 
-    return shared_walk(plan_actions(decisions), demand, transfer, cluster.cores_per_node or 1, placement(cluster, decisions))
+    receive = cluster.efficiency.receive_seconds
+    return shared_walk(plan_actions(decisions), demand, transfer, cluster.cores_per_node or 1, placement(cluster, decisions), receive)
 
 
 def _last_ends(timeline: Timeline, num_ranks: int) -> list[float]:
@@ -207,154 +200,52 @@ def _durations(inputs: Inputs, decisions: Decisions, program: Software) -> _Dura
             known[kind, level] = (*timed_layer(inputs, decisions, kind, level, program), held)
         return known[kind, level]
 
-    out = _Durations([], [], [], [], [], [], [0.0] * decisions.pipeline_parallel, [])
-    parameters = [0.0] * decisions.pipeline_parallel
-    links: dict[int, float] = {}
-    reductions: dict[float, float] = {}
+    @functools.cache
+    def sums(num_blocks: int, recompute: Recompute | RecomputeCounts, first: bool, last: bool) -> tuple[float, ...]:
+        """Over a stage's layers: forward, backward, its two halves, communication, parameters held. Most stages are alike."""
+        layers = [*((*of("block", level), count) for level, count in _levels(recompute, num_blocks))]
+        layers += [(*of("embedding", "none"), 1)] * first + [(*of("head", "none"), 1)] * last
+        halves = [sum(count * layer[part] for layer, _, _, count in layers) for part in range(4)]
+        return (*halves, sum(count * sent for _, sent, _, count in layers), sum(count * held for _, _, held, count in layers))
+
+    p, end = decisions.pipeline_parallel, inputs.model.num_layers + 2
+    found, parameters = [], [0.0] * p
     for stage in decisions.stages:
-        counts: dict[tuple[LayerKind, Recompute], int] = {}
-        if has_embedding(stage):
-            counts["embedding", "none"] = 1
-        if has_head(stage, inputs.model):
-            counts["head", "none"] = 1
-        for level in block_levels(stage, inputs.model):
-            counts["block", level] = counts.get(("block", level), 0) + 1
-        sums = [0.0] * 6
-        for key, count in counts.items():
-            layer, communication, held = of(*key)
-            for index, value in enumerate((*layer, communication, held)):
-                sums[index] += count * value
-        for target, value in zip(out[:5], sums, strict=False):
-            target.append(value)
-        parameters[stage.pipeline_rank] += sums[5]
-        if sums[5] not in reductions:
-            reductions[sums[5]] = reduce_seconds(inputs, decisions, sums[5], program)
-        out.reduce.append(reductions[sums[5]])
-        if stage.pipeline_rank not in links:
-            links[stage.pipeline_rank] = transfer_seconds(inputs, decisions, stage.pipeline_rank, program)
-        out.transfer.append(links[stage.pipeline_rank])
-    for rank, held in enumerate(parameters):
-        out.optimizer[rank] = optimizer_seconds(inputs, decisions, held, program)
-    return out
+        first, last = stage.first_layer == 0, stage.first_layer + stage.num_layers == end
+        found.append(sums(stage.num_layers - first - last, stage.recompute, first, last))
+        parameters[stage.pipeline_rank] += found[-1][5]
+    forward, backward, backward_input, backward_weight, communication, held = (list(part) for part in zip(*found, strict=True))
+    reductions = {count: reduce_seconds(inputs, decisions, count, program) for count in set(held)}
+    optimizers = {count: optimizer_seconds(inputs, decisions, count, program) for count in set(parameters)}
+    links = [transfer_seconds(inputs, decisions, rank, program) for rank in range(p)]
+    return _Durations(
+        forward, backward, backward_input, backward_weight, communication, [reductions[count] for count in held],
+        [optimizers[count] for count in parameters], [links[stage.pipeline_rank] for stage in decisions.stages],
+    )  # fmt: skip
 
 
-class _Program(NamedTuple):
-    """Action lists in an order that respects their dependencies.
-
-    Each entry: rank, index into the flat durations, index of the entry it waits for (-1: none), and of the transfer that
-    lies between (-1: none).
-    """
-
-    entries: tuple[tuple[int, int, int, int], ...]
+def _levels(recompute: Recompute | RecomputeCounts, num_blocks: int) -> list[tuple[Recompute, int]]:
+    """How many of a stage's blocks are recomputed at which level."""
+    if not isinstance(recompute, RecomputeCounts):
+        return [(recompute, num_blocks)] if num_blocks else []
+    found: list[tuple[Recompute, int]] = [("full", recompute.full), ("selective", recompute.selective), ("none", recompute.none)]
+    return [item for item in found if item[1]]
 
 
-@functools.lru_cache(maxsize=128)
-def _program(schedule: str, p: int, v: int, m: int) -> _Program:
-    """The action lists of a schedule, put in one order in which every entry comes after what it waits for."""
-    lists = actions(schedule, p, v, m)
-    stages = p * v
-    offsets = {"F": 0, "B": stages, "I": 2 * stages, "W": 3 * stages, "REDUCE": 4 * stages}
-    positions = [0] * p
-    made: dict[Action, int] = {}
-    entries: list[tuple[int, int, int, int]] = []
-    remaining = sum(len(ranks) for ranks in lists)
-    while remaining:
-        before = remaining
-        for rank, own in enumerate(lists):
-            position = positions[rank]
-            while position < len(own):
-                action = own[position]
-                kind, stage, microbatch = action
-                wait = link = -1
-                if kind == "F" and stage > 0:
-                    wait, link = made.get(Action("F", stage - 1, microbatch), -2), stage - 1
-                elif kind in "BI" and stage < stages - 1:
-                    wait, link = made.get(Action(kind, stage + 1, microbatch), -2), stage
-                if wait == -2:
-                    break
-                position += 1
-                remaining -= 1
-                if kind.startswith(("SEND", "RECV")):
-                    continue
-                if wait >= 0 and entries[wait][0] == rank:
-                    link = -1
-                slot = 5 * stages + rank if kind == "OPTIMIZER" else offsets[kind] + stage
-                made[action] = len(entries)
-                entries.append((rank, slot, wait, link))
-            positions[rank] = position
-        if remaining == before:
-            raise DeadlockError(f"{schedule} with {p} x {v} stages and {m} micro-batches waits for itself")
-    return _Program(tuple(entries))
-
-
-def _walk(schedule: str, p: int, v: int, m: int, flat: list[float], transfers: list[float]) -> list[float]:
-    """When each rank ends."""
-    clocks = [0.0] * p
-    ends: list[float] = []
-    append = ends.append
-    for rank, slot, wait, link in _program(schedule, p, v, m).entries:
-        clock = clocks[rank]
-        if wait >= 0:
-            ready = ends[wait] + transfers[link] if link >= 0 else ends[wait]
-            if ready > clock:
-                clock = ready
-        clock += flat[slot]
-        clocks[rank] = clock
-        append(clock)
-    return clocks
-
-
-def _rank_ends(decisions: Decisions, durations: _Durations, blocking: bool) -> list[float]:
-    """When each rank ends its step; long runs of micro-batches by extrapolation from two short walks.
-
-    Where sends block, a pass that sends lasts as long as its message on top, which has then arrived.
-    """
+def _rank_ends(decisions: Decisions, durations: _Durations, blocking: bool, receive: float = 0.0) -> list[float]:
+    """When each rank ends its step. Where sends block, a pass lasts as long as its message on top, which has then arrived."""
     schedule, p, v, m = decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
     if p == 1:
         return [m * (durations.forward[0] + durations.backward[0]) + durations.reduce[0] + durations.optimizer[0]]
-    parts = [durations.forward, durations.backward, durations.backward_input, durations.backward_weight]
-    transfers = durations.transfer
+    forward, backward, half, transfers = durations.forward, durations.backward, durations.backward_input, durations.transfer
     if blocking:
         owners = [stage.pipeline_rank for stage in decisions.stages]
         hops = [transfers[i] if owners[i] != owners[i + 1] else 0.0 for i in range(len(owners) - 1)]
         down, up = [*hops, 0.0], [0.0, *hops]
-        parts = [_sum(parts[0], down), _sum(parts[1], up), _sum(parts[2], up), parts[3]]
+        forward, backward, half = _sum(forward, down), _sum(backward, up), _sum(half, up)
         transfers = [0.0] * len(transfers)
-    flat = [*(value for part in parts for value in part), *durations.reduce, *durations.optimizer]
-    busy = [0.0] * p
-    for rank, forward, backward in zip(stage_ranks(schedule, p, v), parts[0], parts[1], strict=True):
-        busy[rank] += forward + backward
-    return _ends_of_many(schedule, p, v, m, max(busy), lambda count: _walk(schedule, p, v, count, flat, transfers))
-
-
-def _ends_of_many(schedule: str, p: int, v: int, m: int, busiest: float, walk: Callable[[int], list[float]]) -> list[float]:
-    """`walk(m)`, or the same from walks of fewer micro-batches once they have settled.
-
-    They have when two rounds in a row add the same time on every rank, and no less than the busiest rank works in a
-    round (`busiest` for each micro-batch), which is what it must come to in the end.
-    """
-    if v * p * m <= FULL_WALK:
-        return walk(m)
-    # Interleaved schedules run in equal rounds of m / (m // p) micro-batches, which the short walks must keep.
-    unit = m // max(1, m // p) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and v > 1 else p
-    for rounds in WARM_ROUNDS:
-        first = rounds * unit + m % unit
-        if m <= first + 3 * unit:
-            break
-        walks = [walk(first), walk(first + unit)]
-        gains = [[end - start for start, end in zip(*walks, strict=True)]]
-        least, close = unit * busiest, 1e-9 * walks[1][0]
-        if any(abs(gain - least) > close for gain in gains[0]):
-            walks.append(walk(first + 2 * unit))
-            gains.append([end - start for start, end in zip(walks[1], walks[2], strict=True)])
-        even = all(abs(x - y) <= close for x, y in zip(gains[0], gains[-1], strict=True))
-        if even and min(gains[-1]) >= least - close:
-            more = (m - first) // unit + 1 - len(walks)
-            return [end + more * gain for end, gain in zip(walks[-1], gains[-1], strict=True)]
-    if v * p * m <= MAX_WALKED or m <= first + 3 * unit:
-        return walk(m)
-    more = (m - first) // unit + 1 - len(walks)
-    return [end + more * max(gain, unit * busiest) for end, gain in zip(walks[-1], gains[-1], strict=True)]
+    times = StageTimes(forward, backward, half, durations.backward_weight, durations.reduce, durations.optimizer, transfers, receive)
+    return rank_ends(schedule, p, v, m, times)
 
 
 def _sum(left: list[float], right: list[float]) -> list[float]:
