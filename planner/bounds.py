@@ -96,25 +96,34 @@ class RegularCut(NamedTuple):
     """Of each rank."""
     before: tuple[int, ...]
     """Of the stages that lie before each rank's first one."""
+    sizes: tuple[tuple[int, ...], ...]
+    """Layers per stage of the cuts that this stands for."""
 
 
 @functools.lru_cache(maxsize=1024)
 def regular_cuts(num_blocks: int, schedule: str, pipeline_parallel: int, num_virtual_stages: int) -> tuple[RegularCut, ...]:
     """The regular cuts (`chain.regular_sizes`), those with the same blocks on and before each rank once."""
     ranks = stage_ranks(schedule, pipeline_parallel, num_virtual_stages)
-    found: dict[RegularCut, None] = {}
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, ...]]] = {}
     for sizes in regular_sizes(num_blocks, len(ranks)):
         blocks = [size - (stage == 0) - (stage == len(sizes) - 1) for stage, size in enumerate(sizes)]
         held = [0] * pipeline_parallel
         for stage, count in enumerate(blocks):
             held[ranks[stage]] += count
         before = tuple(itertools.accumulate(blocks[: pipeline_parallel - 1], initial=0))
-        found[RegularCut(tuple(held), before)] = None
-    return tuple(found)
+        found.setdefault((tuple(held), before), []).append(sizes)
+    return tuple(RegularCut(held, before, tuple(sizes)) for (held, before), sizes in found.items())
 
 
 def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...]) -> float:
     """The first bound for the best of the regular cuts, whose stages are known: the slowest rank of each cut."""
+    return min(regular_bounds(costs, decisions, levels, first_only=True))[0]
+
+
+def regular_bounds(
+    costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], *, first_only: bool = False
+) -> list[tuple[float, tuple[tuple[int, ...], ...]]]:
+    """The bound of each regular cut, with its sizes; with `first_only` it need be right for the least of them alone."""
     seconds, m, p = costs.seconds(decisions), decisions.num_microbatches, decisions.pipeline_parallel
     block = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
     embedding, head, message = seconds["embedding", "none"], seconds["head", "none"], costs.least_message(decisions)
@@ -125,6 +134,7 @@ def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, .
     for rank, time, kind in ((0, embedding, "embedding"), (0 if decisions.schedule == "ZBVZeroBubble" else p - 1, head, "head")):
         ends[rank] += m * (time.forward + time.backward) + tail.slope * costs.parameters(decisions, kind)  # type: ignore[arg-type]
     ends = [value + max(tail.intercept, 0.0) for value in ends]
+    found: list[tuple[float, tuple[tuple[int, ...], ...]]] = []
     best = math.inf
     for cut in regular_cuts(costs.inputs.model.num_layers, decisions.schedule, p, decisions.num_virtual_stages):
         slowest = 0.0
@@ -137,10 +147,11 @@ def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, .
                 taken += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
             if taken > slowest:
                 slowest = taken
-                if slowest >= best:
+                if first_only and slowest >= best:
                     break
         best = min(best, slowest)
-    return best
+        found.append((slowest, cut.sizes))
+    return found
 
 
 class RankRoom(NamedTuple):

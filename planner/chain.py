@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from planner.critical_path import Key
+from planner.critical_path import RECEIVE, Key
 from planner.estimate import capacity_bytes
 from planner.graph import LayerKind
 from planner.layer_time import (
@@ -161,7 +161,7 @@ class Costs:
 
         They touch it at a part of a block, at more than one, and at all layers.
         """
-        if decisions.data_parallel == 1:
+        if decisions.data_parallel == decisions.tensor_parallel == 1:
             return ()
         program, zero = self.software, decisions.zero_stage
         beside_compute = program.overlap_reduction or zero == 3
@@ -172,6 +172,8 @@ class Costs:
             decisions.data_parallel_replicate,
             zero,
             axis_stride(decisions, "dp"),
+            decisions.pipeline_parallel,
+            axis_stride(decisions, "tp") if decisions.sequence_parallel else 0,
             counts,
             self.seconds_key(decisions) if beside_compute else None,
         )
@@ -194,7 +196,7 @@ class Costs:
     def optimizer_piece(self, decisions: Decisions) -> Piece:
         """The optimizer's seconds by a rank's parameters, an affine function."""
         shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
-        key = (decisions.tensor_parallel, shards)
+        key = (decisions.tensor_parallel, shards, decisions.pipeline_parallel, axis_stride(decisions, "pp"), ends_apart(decisions))
         if key not in self._optimizer:
             self._optimizer[key] = self._optimizer_piece(decisions)
         return self._optimizer[key]
@@ -210,9 +212,9 @@ class Costs:
         p = decisions.pipeline_parallel
         if p == 1:
             return {}
-        links = self.links(decisions)
+        links, receive = self.links(decisions), self.inputs.cluster.efficiency.receive_seconds
         ranks = stage_ranks(decisions.schedule, p, decisions.num_virtual_stages)
-        found: dict[Key, float] = {}
+        found: dict[Key, float] = {RECEIVE: receive} if receive else {}
         for stage in range(len(ranks) - 1):
             if ranks[stage] == ranks[stage + 1]:
                 continue

@@ -21,6 +21,9 @@ from planner.schedule import compute_order
 Key = tuple[str, int]
 """What takes time: ("F" | "B" | "I" | "W" | "REDUCE" | "SEND_F" | "SEND_B", stage) or ("OPTIMIZER", pipeline rank)."""
 
+RECEIVE: Key = ("RECEIVE", 0)
+"""The least time of a receive, on a rank that does nothing else meanwhile."""
+
 Path = tuple[tuple[Key, int], ...]
 """How often each `Key` lies on one path through the graph, in a fixed order."""
 
@@ -51,7 +54,13 @@ class Graph:
         durations = [seconds.get(key, 0.0) for key in self.keys]
         durations.append(0.0)  # message -1
         found = [0.0] * (len(self.key_of) + 1)  # action -1
-        for index, key, previous, needs, message in zip(range(len(self.key_of)), self.key_of, self.previous, self.needs, self.message, strict=True):
+        receive, indices = seconds.get(RECEIVE, 0.0), range(len(self.key_of))
+        if receive:
+            for index, key, previous, needs, message in zip(indices, self.key_of, self.previous, self.needs, self.message, strict=True):
+                start = found[previous] + (receive if message >= 0 else 0.0)
+                found[index] = max(start, found[needs] + durations[message]) + durations[key]
+            return found
+        for index, key, previous, needs, message in zip(indices, self.key_of, self.previous, self.needs, self.message, strict=True):
             start, arrival = found[previous], found[needs] + durations[message]
             found[index] = (arrival if arrival > start else start) + durations[key]
         return found
@@ -109,11 +118,15 @@ class Graph:
             if needs >= 0:
                 message = self.keys[self.message[index]] if self.message[index] >= 0 else None
                 arrival = ends[needs] + (seconds.get(message, 0.0) if message else 0.0)
-                if previous < 0 or arrival + slack > ends[previous]:
+                receive = seconds.get(RECEIVE, 0.0) if message else 0.0
+                before = ends[previous] + receive  # ends[-1] is 0, the start
+                if (previous < 0 and not receive) or arrival + slack > before:
                     if message:
                         counts[message] = counts.get(message, 0) + 1
                     index = needs
                     continue
+                if receive:
+                    counts[RECEIVE] = counts.get(RECEIVE, 0) + 1
             index = previous
         return tuple(sorted(counts.items()))
 

@@ -21,7 +21,6 @@ it, and what was opened has been solved. So the result is optimal over the whole
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import math
 import time
@@ -53,7 +52,8 @@ SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "
 """From plain to exotic: which of equally fast plans is taken."""
 RELAXED_ROUNDS = 4
 """Linear relaxations of a candidate before the next candidate has its turn."""
-DIVE_DEGREES, DIVE_TRIES = 40, 4
+DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 24, 4
+"""What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
 
@@ -115,6 +115,8 @@ class _Search:
         self.best: Found | None = None
         self.others: dict[Decisions, Found] = {}
         self.paths: dict[tuple[Any, ...], dict[Path, None]] = {}
+        self.walks: dict[Decisions, dict[tuple[int, ...], tuple[float, bool]]] = {}
+        """Of regular cuts, a lower bound each, and whether it is that of a walk or path."""
         self.queue: list[Node] = []
         self.num_candidates = self.num_relaxed = self.num_solved = 0
         self.solver = "HiGHS"
@@ -201,7 +203,8 @@ class _Search:
                     continue
                 for zero in sorted(names):
                     layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
-                    found.append((layout, self.costs.profile(layout)))
+                    if self.layout_bound(layout) < self.goal:
+                        found.append((layout, self.costs.profile(layout)))
         found.sort(key=lambda item: _plainness(item[0]))
         kept: list[tuple[Decisions, Profile]] = []
         for layout, profile in found:
@@ -217,10 +220,15 @@ class _Search:
         work = self.inputs.model.num_layers * (block.forward + block.backward)
         return bounds.busy_bound(layout, work) >= self.goal
 
+    def layout_bound(self, layout: Decisions) -> float:
+        """The mean rank's work, reduction and optimizer."""
+        p, bound = layout.pipeline_parallel, bounds.busy_bound(layout, self.whole(layout)) + self.costs.step_seconds
+        if self.shared or bound >= self.goal:
+            return bound
+        return bound + bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
+
     def push_layout(self, layout: Decisions, above: float) -> None:
-        p = layout.pipeline_parallel
-        tail = 0.0 if self.shared else bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
-        self.push(max(bounds.busy_bound(layout, self.whole(layout)) + tail + self.costs.step_seconds, above), LAYOUT, layout)
+        self.push(max(self.layout_bound(layout), above), LAYOUT, layout)
 
     def push_candidates(self, layout: Decisions, above: float) -> None:
         whole, weight, least = self.whole(layout), self.weight(layout), bounds.least_stages(self.costs, layout, self.levels)
@@ -298,36 +306,37 @@ class _Search:
                 self.offer(candidate, pipeline, counts)
         return self.others.get(candidate)
 
-    def pattern_walks(self, candidate: Decisions, pipeline: Pipeline) -> list[tuple[float, tuple[int, ...]]]:
-        """The regular cuts with their step time when memory is no matter, fastest first, as far as they beat the goal.
+    def pattern_walks(self, candidate: Decisions, pipeline: Pipeline, *, every: bool = False) -> list[tuple[float, tuple[int, ...]]]:
+        """The regular cuts with a lower bound on their step time, least first: that of the walk without recomputation.
 
-        More recomputation makes no action shorter and so no step: these are lower bounds. A cut that a known path already
-        shows to be slower than the goal is not walked.
+        More recomputation makes no action shorter and so no step. A cut that a bound or a known path already shows to be
+        slower than the goal is not walked, nor, unless `every` one is asked for, than the fastest walk.
         """
         pool = self.paths.setdefault(_shape(candidate), {})
-        goal = self.goal - self.costs.step_seconds
-        block, m = self.costs.seconds(candidate)["block", self.levels[0]], candidate.num_microbatches
-        found = [(m * most * (block.forward + block.backward), sizes) for most, sizes in _busiest(pipeline)]
-        if self.shared:
-            goal = math.inf
-        tried = [sizes for bound, sizes in found if bound < goal]
-        if not tried:
-            return [min(found)]
-        whole, found = graph(*_shape(candidate)), []
-        for sizes in tried:
+        fixed, whole = self.costs.step_seconds, graph(*_shape(candidate))
+        found = self.walks.get(candidate)
+        if found is None:
+            rough = bounds.regular_bounds(self.costs, candidate, self.levels)
+            found = {sizes: (bound + fixed, False) for bound, group in rough for sizes in group}
+        best = min((bound for bound, walked in found.values() if walked), default=math.inf)
+        for sizes, (bound, walked) in sorted(found.items(), key=lambda item: (item[1], item[0])):
+            if walked or (not self.shared and bound >= self.goal) or (bound >= best and not every):
+                continue
             seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
-            bound = max((path_seconds(path, seconds) for path in pool), default=0.0)
-            if bound < goal and len(pool) < MAX_PATHS:
-                bound, paths = whole.critical_paths(seconds)
-                pool.update(dict.fromkeys(paths))
-            elif bound < goal:
-                bound = whole.longest(seconds)
-            found.append((bound + self.costs.step_seconds, sizes))
-        return sorted(found)
+            shown = max((path_seconds(path, seconds) for path in pool), default=0.0) + fixed
+            if shown >= self.goal and not self.shared:
+                found[sizes] = (shown, True)
+                continue
+            length, paths = whole.critical_paths(seconds) if len(pool) < MAX_PATHS else (whole.longest(seconds), ())
+            pool.update(dict.fromkeys(paths))
+            found[sizes] = (length + fixed, True)
+            best = min(best, length + fixed)
+        self.walks[candidate] = found
+        return sorted((bound, sizes) for sizes, (bound, _) in found.items())
 
     def dive(self) -> None:
         """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
-        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches), node.item)
+        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches / 3), node.item)
                  for node in self.queue if isinstance(node.item, Degrees)]  # fmt: skip
         looks: list[tuple[float, tuple[Any, ...], Decisions]] = []
         for _, degrees in sorted(rough)[:DIVE_DEGREES]:
@@ -338,35 +347,54 @@ class _Search:
                 for zero in sorted(zeros & {1, 3} or zeros):
                     layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
                     looks.append((self.look(layout), _plainness(layout), layout))
-        for _, _, layout in heapq.nsmallest(DIVE_TRIES, looks):
-            for schedule, v in self.dive_schedules(layout):
-                self.try_simple(replace(layout, schedule=schedule, num_virtual_stages=v))
+        guesses = [guess for _, _, layout in heapq.nsmallest(DIVE_LAYOUTS, looks) for guess in self.guesses(layout)]
+        fitting = 0
+        for _, _, candidate in heapq.nsmallest(DIVE_TRIES, guesses):
+            fitting += self.try_simple(candidate) is not None
+            if fitting == DIVE_FITTING:
+                break
 
     def look(self, layout: Decisions) -> float:
-        """A guess of the step time with 1F1B."""
+        """A guess of the step time with a schedule that fills and drains in a third of 1F1B's time."""
         rooms = bounds.rank_rooms(self.costs, layout, least_in_flight(*_shape(layout)), self.levels)
         p, m = layout.pipeline_parallel, layout.num_microbatches
         if rooms is None:
             return math.inf
         tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
-        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + p - 1) / p + tail
+        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + (p - 1) / 3) / p + tail
 
-    def dive_schedules(self, layout: Decisions) -> list[tuple[str, int]]:
-        """The schedules, and of each one the middle of the numbers of stages that it can have."""
-        by_name: dict[str, list[tuple[str, int]]] = {}
+    def guesses(self, layout: Decisions) -> list[tuple[float, tuple[Any, ...], Decisions]]:
+        """A guess of the step time with each schedule, which takes longer where stages can't be equal."""
+        least, whole = bounds.least_stages(self.costs, layout, self.levels), self.whole(layout)
+        layers, found = self.inputs.model.num_layers + 2, []
         for name, v in schedules(self.inputs, _degrees(layout), self.constraints):
-            if layout.zero_stage in zero_stages(_degrees(layout), name, self.constraints):
-                by_name.setdefault(name, []).append((name, v))
-        return [several[len(several) // 3] for several in by_name.values()]
+            if layout.zero_stage not in zero_stages(_degrees(layout), name, self.constraints):
+                continue
+            candidate = replace(layout, schedule=name, num_virtual_stages=v)
+            if v == 1:
+                guess = bounds.schedule_bound(candidate, whole, least)
+                tails = bounds.tail_of(self.costs, layout)
+                guess += bounds.mean_tail(tails, self.costs.total_parameters(layout) / layout.pipeline_parallel)
+            else:
+                rough = bounds.regular_bounds(self.costs, candidate, self.levels)
+                stages = candidate.num_stages
+                guess = min(bound * (1 + 0.1 * (max(sizes[0][1:-1], default=1) * stages / layers - 1)) for bound, sizes in rough)
+            found.append((guess, _plainness(candidate), candidate))
+        return found
 
     def solve(self, candidate: Decisions, above: float) -> bool:
         pipeline = self.costs.pipeline(candidate, self.levels)
         if pipeline.patterns:
-            walks = self.pattern_walks(candidate, pipeline)
+            walks = self.pattern_walks(candidate, pipeline, every=True)
             left = tuple(sizes for bound, sizes in walks if bound < self.goal * (1 - TOLERANCE))
             if not left:
                 return True
             pipeline = dataclasses.replace(pipeline, patterns=left)
+            if self.program(candidate, pipeline, above, 1).proven:
+                return True
+            if candidate in self.others:
+                start = counts_of(self.others[candidate].decisions, self.inputs.model, self.levels)
+                self.offer(candidate, pipeline, greedy.improve(pipeline, graph(*_shape(candidate)), start))
         solution = self.program(candidate, pipeline, above)
         self.num_solved += 1
         if solution.counts is not None:
@@ -414,22 +442,6 @@ class _Search:
 
 def _shape(decisions: Decisions) -> tuple[str, int, int, int]:
     return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-
-
-@functools.lru_cache(maxsize=512)
-def _most_blocks(patterns: tuple[tuple[int, ...], ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
-    found = []
-    for sizes in patterns:
-        held = [0] * (max(ranks) + 1)
-        for stage, size in enumerate(sizes):
-            held[ranks[stage]] += size - (stage == 0) - (stage == len(sizes) - 1)
-        found.append(max(held))
-    return tuple(found)
-
-
-def _busiest(pipeline: Pipeline) -> list[tuple[int, tuple[int, ...]]]:
-    """Each regular cut with the blocks of the rank that has most."""
-    return list(zip(_most_blocks(pipeline.patterns, pipeline.ranks), pipeline.patterns, strict=True))
 
 
 def _degrees(decisions: Decisions) -> Degrees:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from planner.pipeline import Counts, Moment, Pipeline, excess_bytes, moment_bytes, stage_load
+from planner.critical_path import Graph, Path
+from planner.pipeline import Counts, Moment, Pipeline, excess_bytes, moment_bytes, stage_load, stage_seconds
 
 Rows = list[list[list[int]]]
 
@@ -108,3 +109,66 @@ def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> int
     rows[stage][r][a] -= moved
     rows[stage][r][b] += moved
     return stage
+
+
+def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) -> Counts:
+    """Stages that take no longer: recomputation undone, or moved to another stage of its rank, where that shortens the critical path.
+
+    The cuts stay. Each change is kept only if its rank still fits and the walk is shorter; at most `tries` walks are made.
+    """
+    by_rank: dict[int, list[Moment]] = {}
+    for moment in pipeline.moments:
+        by_rank.setdefault(moment.rank, []).append(moment)
+    length, paths = graph.critical_paths(stage_seconds(pipeline, counts))
+    while tries > 0:
+        for change in _shortenings(pipeline, counts, paths[0]):
+            changed = _changed(counts, change)
+            rank = pipeline.ranks[change[0][0]]
+            loads = {stage: stage_load(pipeline, changed[stage]) for stage, owner in enumerate(pipeline.ranks) if owner == rank}
+            if any(moment_bytes(moment, loads) > pipeline.limits[rank] for moment in by_rank.get(rank, ())):
+                continue
+            tries -= 1
+            seconds = stage_seconds(pipeline, changed)
+            if graph.longest(seconds) < length * (1 - 1e-9):
+                counts, (length, paths) = changed, graph.critical_paths(seconds)
+                break
+            if tries <= 0:
+                break
+        else:
+            return counts
+    return counts
+
+
+Change = tuple[tuple[int, int, int, int], ...]
+"""Layers that change their option, one each: (stage, run, old option, new option)."""
+
+
+def _shortenings(pipeline: Pipeline, counts: Counts, path: Path) -> list[Change]:
+    """Changes that make a path shorter, by most first."""
+    times = dict(path)
+    found: list[tuple[float, Change]] = []
+    for stage, rows in enumerate(counts):
+        mates = [other for other, rank in enumerate(pipeline.ranks) if rank == pipeline.ranks[stage] and other != stage]
+        for r, run in enumerate(pipeline.runs):
+            for b, slow in enumerate(run.options):
+                for a, fast in enumerate(run.options):
+                    if not rows[r][b] or a == b:
+                        continue
+                    extra = [(kind, slow.seconds(kind) - fast.seconds(kind)) for kind in pipeline.kinds]
+                    here = sum(times.get((kind, stage), 0) * value for kind, value in extra)
+                    if here <= 0:
+                        continue
+                    found.append((here, ((stage, r, b, a),)))
+                    for mate in mates:
+                        there = sum(times.get((kind, mate), 0) * value for kind, value in extra)
+                        if counts[mate][r][a] and there < here:
+                            found.append((here - there, ((stage, r, b, a), (mate, r, a, b))))
+    return [change for _, change in sorted(found, key=lambda item: -item[0])]
+
+
+def _changed(counts: Counts, change: Change) -> Counts:
+    rows = [[list(row) for row in stage] if index in {part[0] for part in change} else stage for index, stage in enumerate(counts)]
+    for stage, run, old, new in change:
+        rows[stage][run][old] -= 1  # type: ignore[index]
+        rows[stage][run][new] += 1  # type: ignore[index]
+    return tuple(tuple(tuple(row) for row in stage) for stage in rows)

@@ -59,7 +59,7 @@ def _misaligned_seconds(cluster: ClusterSpec, volume: float, aligned: float) -> 
     return max(aligned, 2.0 * volume / peak) if peak else aligned
 
 
-def elementwise_seconds(cluster: ClusterSpec, num_bytes: float, num_kernels: int = 1) -> float:
+def elementwise_seconds(cluster: ClusterSpec, num_bytes: float, num_kernels: float = 1) -> float:
     """Time of `num_kernels` kernels that read and write `num_bytes` in all."""
     efficiency = cluster.efficiency
     if num_bytes <= 0:

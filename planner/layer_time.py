@@ -27,10 +27,6 @@ from planner.plan import Decisions, Inputs, Recompute, replace
 from planner.software import Software, load_software
 
 
-OPTIMIZER_KERNELS = 8
-"""For each layer: the norm's two, for weights that decay and those that don't the scaling and the update, the step's count, the zeroing."""
-
-
 class LayerSeconds(NamedTuple):
     """One layer and one micro-batch on one rank, tensor-parallel communication included.
 
@@ -162,8 +158,9 @@ def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, 
         return 0.0
     ranks = axis_group(cluster, decisions, "tp")
     if decisions.sequence_parallel:
-        return reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes) + program.collective_seconds
-    return all_reduce_seconds(ranks, num_bytes) + program.collective_seconds
+        pair = reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes)
+        return pair + 2 * cluster.efficiency.wait_seconds + program.collective_seconds
+    return all_reduce_seconds(ranks, num_bytes) + cluster.efficiency.wait_seconds + program.collective_seconds
 
 
 def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> tuple[float, float]:
@@ -216,7 +213,7 @@ def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     communication = _sum_seconds(cluster, decisions, program, float(n * h * size))
     gathered = communication if decisions.sequence_parallel else 0.0
     if t > 1 and program.loss_collectives:
-        gathered += program.loss_collectives * all_reduce_seconds(axis_group(cluster, decisions, "tp"), 4.0 * n)
+        gathered += program.loss_collectives * all_reduce_seconds(axis_group(cluster, decisions, "tp"), 4.0 * n) + cluster.efficiency.wait_seconds
     return _Parts(forward, elementwise, 0.0, backward, weight, gathered, communication)
 
 
@@ -249,7 +246,8 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     ZeRO-0 all-reduces the gradients. ZeRO-1 and 2 reduce-scatter them and gather the new weights. ZeRO-3 gathers the
     weights for every micro-batch's forward and backward pass (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
     A program that overlaps shows only what does not fit behind the compute that it runs beside. One that reduces layer by
-    layer pays each layer's latency, and under sequence parallelism that of summing what every rank holds (norms, biases).
+    layer pays each layer's latency, and under sequence parallelism that of summing what every rank holds (norms, biases). Ranks wait
+    for each other once, and where gathers and reductions come between layers each time (`Efficiency.wait_seconds`).
     """
     program = software or software_of(inputs)
     if num_parameters_on_rank <= 0:
@@ -268,6 +266,8 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     def whole_of(collective: Callable[[Group, float], float], ranks: Group, num_bytes: float) -> float:
         return pieces * collective(ranks, num_bytes / pieces)
 
+    waits = 1.0 if decisions.zero_stage < 2 else m * pieces * (3.0 if decisions.zero_stage == 3 else 1.0)
+    replicated += waits * cluster.efficiency.wait_seconds
     across = whole_of(all_reduce_seconds, replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
     scatter = whole_of(all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds, shard, gradient_bytes)
     if decisions.zero_stage >= 2 and program.reduce_each_microbatch:
@@ -279,6 +279,8 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
         reduction, gathers, exposed_gather = scatter + across, 0.0, gather
     else:
         reduction, gathers, exposed_gather = scatter + across, 2.0 * gather, 0.0
+    if not program.overlap_reduction and not program.overlap_gathers:
+        return reduction + m * gathers + exposed_gather + replicated
     block = layer_seconds(inputs, decisions, "block", "none", program)
     if program.overlap_reduction:
         beside = block.backward * share
@@ -328,7 +330,7 @@ def _slowed(ranks: Group, program: Software) -> Group:
 def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, software: Software | None = None) -> float:
     """Time of the optimizer's update of the parameters that a rank owns; ZeRO divides them over the shard group.
 
-    A program that goes layer by layer launches OPTIMIZER_KERNELS for each; the sums over ranks that come first are `final_sums_seconds`.
+    The sums over ranks that come first are `final_sums_seconds`.
     """
     program = software or software_of(inputs)
     owned = num_parameters_on_rank
@@ -337,8 +339,7 @@ def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_ra
     traffic = program.optimizer_bytes * (1.0 if inputs.training.optimizer == "adam" else 0.5)
     share = core_share(inputs.cluster, inputs.cluster.num_gpus)
     scale = inputs.cluster.efficiency.time_scale * inputs.cluster.efficiency.optimizer_scale
-    kernels = round(OPTIMIZER_KERNELS * _num_units(inputs, decisions, num_parameters_on_rank)) if program.collective_per_layer else 1
-    return elementwise_seconds(inputs.cluster, owned * traffic, kernels) * share * scale + final_sums_seconds(inputs, decisions, program)
+    return elementwise_seconds(inputs.cluster, owned * traffic) * share * scale + final_sums_seconds(inputs, decisions, program)
 
 
 def final_sums_seconds(inputs: Inputs, decisions: Decisions, software: Software | None = None) -> float:
@@ -348,7 +349,7 @@ def final_sums_seconds(inputs: Inputs, decisions: Decisions, software: Software 
         return 0.0
     cluster, model, p = inputs.cluster, inputs.model, decisions.pipeline_parallel
     seconds = all_reduce_seconds(group(cluster, decisions.world_size, 1), 8.0)
-    apart = p > 1 and (not decisions.stages or decisions.stages[0].pipeline_rank != decisions.stages[-1].pipeline_rank)
+    apart = p > 1 and decisions.schedule != "ZBVZeroBubble"
     if model.tied_embeddings and apart:
         width = 4 if inputs.training.precision == "fp32" else program.gradient_bytes
         shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
