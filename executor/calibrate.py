@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from executor.probe_links import collective_points, message_points
+from executor.probe_steps import train_shortly
 from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
 from executor.processes import processor_name, run_ranks
 from planner.calibration import Measurements, Residual, fit
@@ -30,8 +31,6 @@ from planner.plan import load_plan, plan_hash, replace
 from planner.run import load_actions, load_run
 
 TIMEOUT_SECONDS = 120.0
-ROUNDS = 2
-"""Of the device's measurements; each point counts with its fastest round."""
 
 
 def main(argv: list[str]) -> int:
@@ -110,12 +109,12 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
     cores = None if cuda else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     works = cores is None or local_rank < cores
     say(f"{min(per_node, cores or per_node)} ranks of a node at once: matrix products, memory, layers, optimizer")
-    rounds = [_measure_device(device, works, index, say) for index in range(ROUNDS)]
-    matmuls, memory, layers, optimizer = (_fastest(points) for points in zip(*rounds, strict=True))
-    dist.barrier()
+    matmuls, memory, layers, optimizer = _measure_device(device, works)
     say(f"collectives and messages between {world} ranks")
     collectives = list(collective_points(device, per_node)) if world > 1 else []
     messages = list(message_points(device, per_node)) if world > 1 else []
+    say("training for a moment")
+    trained = train_shortly(device, world, per_node, say)
     return Measurements(
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if cuda else processor_name(),
@@ -129,32 +128,24 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
         layers=layers,
         optimizer=optimizer,
         collectives=tuple(collectives),
-        messages=tuple(messages),
+        messages=(*messages, *trained.messages),
+        steps=tuple(trained.steps),
+        late_receives=tuple(trained.late_receives),
     )
 
 
-def _measure_device(device: torch.device, works: bool, index: int, say: Any) -> tuple[list[Any], ...]:
-    """One round on this rank's device: products, memory traffic, layers, optimizer. The ranks go from part to part together."""
-    parts: list[Callable[[], Iterator[Any]]] = [lambda: matmul_points(device), lambda: memory_points(device), lambda: optimizer_points(device)]
-    found: list[list[Any]] = []
+def _measure_device(device: torch.device, works: bool) -> tuple[tuple[Any, ...], ...]:
+    """On this rank's device: products, memory traffic, layers, optimizer. The ranks go from part to part together."""
+    layers = [lambda shape=shape: layer_points(shape, device) for shape in layer_shapes(device.type)]
+    parts: list[Callable[[], Iterator[Any]]] = [lambda: matmul_points(device), lambda: memory_points(device), *layers]
+    parts.append(lambda: optimizer_points(device))
+    found: list[tuple[Any, ...]] = []
     for part in parts:
         dist.barrier()
-        found.append(list(part()) if works else [])
-    layers: list[Any] = []
-    for shape in layer_shapes(device.type):
-        dist.barrier()
-        layers += list(layer_points(shape, device)) if works else []
+        found.append(tuple(part()) if works else ())
     dist.barrier()
-    say(f"round {index + 1} of {ROUNDS} done")
-    return found[0], found[1], layers, found[2]
-
-
-def _fastest(rounds: tuple[list[Any], ...]) -> tuple[Any, ...]:
-    """Each point with the least seconds of any round, field by field."""
-    return tuple(
-        points[0]._replace(**{name: min(getattr(point, name) for point in points) for name in points[0]._fields if name.endswith("seconds")})
-        for points in zip(*rounds, strict=True)
-    )
+    matmuls, memory, *of_layers, optimizer = found
+    return matmuls, memory, tuple(point for points in of_layers for point in points), optimizer
 
 
 def _memory_bytes(device: torch.device, per_node: int) -> int:

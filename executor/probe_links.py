@@ -1,8 +1,8 @@
 """Short measurements of the links between ranks: collectives on groups inside a node and across nodes, and messages.
 
-Groups that a run would use at once are measured at once: all pairs of a node together, or one rank of every node. On CPUs
-every call comes after a millisecond of compute whose own time is taken off, because in a run too the ranks come to a collective
-from their layers: not quite at the same time, with caches full of something else and the transport's threads asleep.
+Groups that a run would use at once are measured at once: all pairs of a node together, or one rank of every node. Collectives follow
+each other here; what they cost more between a step's layers `executor.probe_steps` finds. On CPUs every message comes after a
+millisecond of compute whose own time is taken off.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _time_collective(axis: Axis, kind: str, size: int, device: torch.device) -> 
         "all_gather": lambda: axis.all_gather(whole, part),
         "reduce_scatter": lambda: axis.reduce_scatter(part, whole),
     }[kind]
-    return _median(call, device, 1)
+    return _median(call, device)
 
 
 def _time_messages(pair: tuple[int, int], size: int, device: torch.device) -> float:
@@ -100,7 +100,7 @@ def _time_messages(pair: tuple[int, int], size: int, device: torch.device) -> fl
             assert work is not None
             work.wait()
 
-    return max(1e-6, _median(trip, device, 0) / 2 - _alone(between, device))
+    return max(1e-6, _median(trip, device) / 2 - _alone(between, device))
 
 
 def _compute(device: torch.device) -> Callable[[], Any]:
@@ -116,22 +116,14 @@ def _alone(compute: Callable[[], Any], device: torch.device) -> float:
     return found[len(found) // 2]
 
 
-def _median(communicate: Callable[[], Any], device: torch.device, num_computes: int) -> float:
-    """Of calls for about BUDGET_SECONDS, `num_computes` pieces of compute before each and their time off; the number of calls
-    is agreed on, since all ranks of the group must take part."""
-    compute = _compute(device)
-
-    def call() -> None:
-        for _ in range(num_computes):
-            compute()
-        communicate()
-
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    """Of calls for about BUDGET_SECONDS; the number of calls is agreed on, since all ranks of the group must take part."""
     _once(call, device)
     first = min(_once(call, device) for _ in range(2))
     count = torch.tensor([max(4.0, min(200.0, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
     dist.all_reduce(count, dist.ReduceOp.MIN)
     found = sorted(_once(call, device) for _ in range(int(count)))
-    return max(1e-6, found[len(found) // 2] - num_computes * _alone(compute, device))
+    return found[len(found) // 2]
 
 
 def _once(call: Callable[[], Any], device: torch.device) -> float:

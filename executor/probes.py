@@ -39,14 +39,14 @@ class Shape:
     precision: Precision
 
 
-def _variant(name: str, hidden: int, heads: int) -> ModelSpec:
-    """A tiny preset at another width."""
+def variant(name: str, hidden: int, heads: int, num_layers: int = 4) -> ModelSpec:
+    """A tiny preset at another width and depth."""
     base = presets()[name]
     scale = hidden / base.hidden_size
     keys = max(1, round(heads * base.num_key_value_heads / base.num_attention_heads))
     return replace(
-        base, name=f"{name}-{hidden}", hidden_size=hidden, ffn_hidden_size=round(base.ffn_hidden_size * scale), num_attention_heads=heads,
-        num_key_value_heads=keys, head_dim=hidden // heads, vocab_size=max(256, 4 * hidden),
+        base, name=f"{name}-{hidden}", num_layers=num_layers, hidden_size=hidden, ffn_hidden_size=round(base.ffn_hidden_size * scale),
+        num_attention_heads=heads, num_key_value_heads=keys, head_dim=hidden // heads, vocab_size=max(256, 4 * hidden),
     )  # fmt: skip
 
 
@@ -55,11 +55,11 @@ def layer_shapes(device: str) -> list[Shape]:
     if device == "cuda":
         sizes = [("tiny-gpt", 1024, 16, 1, 256), ("tiny-gpt", 2048, 16, 2, 256), ("tiny-llama", 2048, 16, 4, 256), ("tiny-llama", 4096, 32, 4, 256),
                  ("tiny-gpt", 4096, 32, 8, 256)]  # fmt: skip
-        return [Shape(_variant(name, h, a), b, s, "mixed-bf16") for name, h, a, b, s in sizes]
+        return [Shape(variant(name, h, a), b, s, "mixed-bf16") for name, h, a, b, s in sizes]
     sizes = [("tiny-gpt", 64, 4, 1, 64), ("tiny-gpt", 64, 4, 4, 128), ("tiny-llama", 64, 4, 1, 64), ("tiny-llama", 64, 4, 4, 128),
              ("tiny-gpt", 128, 4, 4, 128), ("tiny-llama", 128, 4, 2, 256), ("tiny-gpt", 256, 8, 2, 128), ("tiny-llama", 256, 8, 4, 128),
              ("tiny-gpt", 256, 4, 1, 256)]  # fmt: skip
-    return [Shape(_variant(name, h, a), b, s, "fp32") for name, h, a, b, s in sizes]
+    return [Shape(variant(name, h, a), b, s, "fp32") for name, h, a, b, s in sizes]
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_seconds: float = 0.06, least: int = 5) -> float:

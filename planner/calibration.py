@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
-from planner.layer_time import layer_seconds, optimizer_seconds
+from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
 from planner.model import ModelSpec, presets
 from planner.network import Group, all_gather_seconds, all_reduce_seconds, message_seconds, reduce_scatter_seconds
 from planner.plan import Decisions, Inputs, Precision, Training, replace
@@ -52,6 +52,25 @@ class LayerPoint(NamedTuple):
     backward_seconds: float
 
 
+class StepPoint(NamedTuple):
+    """Training by a plan: what its parts take inside of a step.
+
+    `forward_seconds` and `backward_seconds` are those of one micro-batch through the whole model, computing only;
+    `communication_seconds` a rank's collectives within the passes of a step, waiting for the last rank included;
+    `reduction_seconds` its reductions behind them; `rest_seconds` the optimizer from the last rank's start, and what no action covers.
+    """
+
+    model: ModelSpec
+    decisions: Decisions
+    sequence_length: int
+    precision: Precision
+    forward_seconds: float
+    backward_seconds: float
+    communication_seconds: float
+    reduction_seconds: float
+    rest_seconds: float
+
+
 class OptimizerPoint(NamedTuple):
     """The optimizer's update of `num_parameters` parameters."""
 
@@ -76,6 +95,7 @@ class MessagePoint(NamedTuple):
     num_bytes: int
     seconds: float
     inside: bool = True
+    in_training: bool = False
 
 
 class Measurements(NamedTuple):
@@ -94,6 +114,9 @@ class Measurements(NamedTuple):
     optimizer: tuple[OptimizerPoint, ...]
     collectives: tuple[CollectivePoint, ...] = ()
     messages: tuple[MessagePoint, ...] = ()
+    steps: tuple[StepPoint, ...] = ()
+    late_receives: tuple[float, ...] = ()
+    """Seconds of receives whose messages were sent before."""
     reserved_bytes: int = 0
 
 
@@ -116,9 +139,11 @@ def fit(measured: Measurements) -> Fit:
     cluster = _fit_compute(_start(measured), measured)
     cluster = _fit_layer_scales(cluster, measured.layers)
     cluster = _fit_optimizer(cluster, measured.optimizer)
+    cluster = _fit_passes(cluster, measured.steps)
     for inside in (True, False):
         cluster = _fit_link(cluster, measured, inside)
-    cluster = _fit_curves(cluster, measured.collectives)
+    cluster = _fit_waits(_fit_curves(cluster, measured.collectives), measured.steps)
+    cluster = _fit_rest(cluster, measured)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
     return Fit(replace(cluster, source=_source(residuals)), residuals)
 
@@ -263,6 +288,110 @@ def _fit_optimizer(cluster: ClusterSpec, points: Sequence[OptimizerPoint]) -> Cl
     return replace(cluster, efficiency=replace(cluster.efficiency, optimizer_scale=cluster.efficiency.optimizer_scale * scale))
 
 
+# training
+
+
+def _of_step(cluster: ClusterSpec, point: StepPoint) -> Inputs:
+    decisions = point.decisions
+    batch = decisions.data_parallel * decisions.micro_batch_size * decisions.num_microbatches
+    training = Training(global_batch_size=batch, sequence_length=point.sequence_length, precision=point.precision)
+    return Inputs(model=point.model, cluster=replace(cluster, num_gpus=decisions.world_size), training=training)
+
+
+def _passes(cluster: ClusterSpec, point: StepPoint, *, silent: bool = True) -> tuple[float, float]:
+    """Predicted seconds of one micro-batch's forward and backward pass through the whole model; `silent` leaves the collectives out."""
+    if silent:
+        free = Link(bandwidth_bytes_per_second=1e18, latency_seconds=0.0)
+        efficiency = replace(cluster.efficiency, wait_seconds=0.0)
+        cluster = replace(cluster, intra_node=free, inter_node=free, collectives=(), efficiency=efficiency)
+    inputs = _of_step(cluster, point)
+    kinds: dict[LayerKind, int] = {"embedding": 1, "block": point.model.num_layers, "head": 1}
+    layers = [(layer_seconds(inputs, point.decisions, kind), count) for kind, count in kinds.items()]
+    return sum(count * layer.forward for layer, count in layers), sum(count * layer.backward for layer, count in layers)
+
+
+def _undisturbed(points: Iterable[StepPoint]) -> list[StepPoint]:
+    """Those without collectives in the passes."""
+    return [point for point in points if point.decisions.tensor_parallel == 1 and point.decisions.zero_stage < 3]
+
+
+def _fit_passes(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
+    """What layers take in a step, where caches are cold: one factor for all forward passes, one for all backward passes, and one for
+    the seconds of a kernel, which small layers consist of."""
+    points = _undisturbed(points)
+    if not points:
+        return cluster
+
+    def scaled(logs: Sequence[float]) -> ClusterSpec:
+        efficiency, (forward, backward, kernel) = cluster.efficiency, (math.exp(x) for x in logs)
+        scales = {
+            f"{kind}.{name}": efficiency.layer_scale.get(f"{kind}.{name}", 1.0) * factor
+            for kind in ("embedding", "block", "head")
+            for name, factor in (("forward", forward), ("backward", backward))
+        }
+        return replace(cluster, efficiency=replace(efficiency, layer_scale=scales, kernel_seconds=efficiency.kernel_seconds * kernel))
+
+    def cost(logs: Sequence[float]) -> float:
+        candidate = scaled(logs)
+        return _squares(ratio for point in points for ratio in _pass_ratios(candidate, point)) + 0.01 * logs[2] ** 2
+
+    return scaled(minimise(cost, [0.1, 0.1, 0.1], step=0.2, rounds=200))
+
+
+def _pass_ratios(cluster: ClusterSpec, point: StepPoint) -> tuple[float, float]:
+    forward, backward = _passes(cluster, point)
+    return forward / point.forward_seconds, backward / point.backward_seconds
+
+
+def _waiting(cluster: ClusterSpec, point: StepPoint) -> list[tuple[float, float]]:
+    """Predicted and measured seconds of a step's collectives: those in the passes, and the reductions behind them.
+
+    Where passes with collectives in them compute longer than without, that too is what the collectives cost.
+    """
+    inputs, decisions = _of_step(cluster, point), point.decisions
+    if decisions.pipeline_parallel > 1:
+        return []
+    computing = sum(_passes(cluster, point))
+    longer = decisions.num_microbatches * max(0.0, point.forward_seconds + point.backward_seconds - computing)
+    reduction = reduce_seconds(inputs, decisions, point.model.num_parameters / decisions.tensor_parallel)
+    inside = decisions.num_microbatches * (sum(_passes(cluster, point, silent=False)) - computing)
+    if decisions.zero_stage == 3:
+        return [(inside + reduction, point.communication_seconds + point.reduction_seconds + longer)]
+    found = [(inside, point.communication_seconds + longer)] if decisions.tensor_parallel > 1 else []
+    return [*found, (reduction, point.reduction_seconds)] if decisions.data_parallel > 1 else found
+
+
+def _fit_waits(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
+    """What collectives cost in a step beyond what they take one right after another."""
+    if not any(_waiting(cluster, point) for point in points):
+        return cluster
+
+    def waits(seconds: float) -> ClusterSpec:
+        return replace(cluster, efficiency=replace(cluster.efficiency, wait_seconds=seconds))
+
+    def cost(logs: Sequence[float]) -> float:
+        candidate = waits(math.exp(logs[0]))
+        return _squares(expected / seen for point in points for expected, seen in _waiting(candidate, point))
+
+    return waits(math.exp(minimise(cost, [math.log(1e-4)], rounds=100)[0]))
+
+
+def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
+    """The fixed cost of a step: what is left of it outside passes and reductions, once the optimizer is taken off."""
+    points = [point for point in measured.steps if point.decisions.pipeline_parallel == 1 and point.decisions.zero_stage == 0]
+    efficiency = cluster.efficiency
+    if points:
+        left = [
+            point.rest_seconds
+            - optimizer_seconds(_of_step(cluster, point), point.decisions, point.model.num_parameters / point.decisions.tensor_parallel)
+            for point in points
+        ]
+        efficiency = replace(efficiency, step_seconds=max(0.0, statistics.median(left)))
+    if measured.late_receives:
+        efficiency = replace(efficiency, receive_seconds=statistics.fmean(measured.late_receives))
+    return replace(cluster, efficiency=efficiency)
+
+
 def _optimizer_prediction(cluster: ClusterSpec, point: OptimizerPoint) -> float:
     any_layer = LayerPoint(presets()["tiny-gpt"], "block", 1, 1, 1, point.precision, 1.0, 1.0)
     return optimizer_seconds(*_one_rank(cluster, any_layer), point.num_parameters)
@@ -279,7 +408,7 @@ def _collective_prediction(latency: float, bandwidth: float, point: CollectivePo
 
 def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> ClusterSpec:
     """The link inside a node or between nodes: its bandwidth and latency by messages, and what collectives reach of it."""
-    messages = [point for point in measured.messages if point.inside == inside]
+    messages = _messages(measured.messages, inside)
     collectives = [point for point in measured.collectives if (point.num_nodes == 1) == inside]
     if not messages and not collectives:
         return cluster
@@ -298,6 +427,13 @@ def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> Clu
         changes["point_to_point"] = speed / bandwidth
     efficiency = replace(cluster.efficiency, **changes)
     return replace(cluster, efficiency=efficiency, **{"intra_node" if inside else "inter_node": link})
+
+
+def _messages(points: Iterable[MessagePoint], inside: bool) -> list[MessagePoint]:
+    """Those seen in training, and of those measured alone what is larger."""
+    same = [point for point in points if point.inside == inside]
+    largest = max((point.num_bytes for point in same if point.in_training), default=0)
+    return [point for point in same if point.in_training or point.num_bytes > 2 * largest]
 
 
 def _fit_curves(cluster: ClusterSpec, points: Sequence[CollectivePoint]) -> ClusterSpec:
@@ -337,14 +473,18 @@ def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
         curve = curves[point.kind, point.num_ranks, point.num_nodes]
         return (curve.latency_seconds + point.num_bytes / curve.bandwidth_bytes_per_second) / point.seconds
 
+    messages = [point for inside in (True, False) for point in _messages(measured.messages, inside)]
+    steps = [ratio for point in _undisturbed(measured.steps) for ratio in _pass_ratios(cluster, point)]
     layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
     return [
+        _residual("passes in training", steps),
+        _residual("collectives in training", [expected / seen for point in measured.steps for expected, seen in _waiting(cluster, point)]),
         _residual("matrix products", _matmul_ratios(cluster, measured.matmuls)),
         _residual("memory traffic", _memory_ratios(cluster, measured.memory)),
         *(_residual(f"{kind} layers", ratios) for kind, ratios in layers.items()),
         _residual("optimizer", [_optimizer_prediction(cluster, p) / p.seconds for p in measured.optimizer]),
         _residual("collectives", [collective(p) for p in measured.collectives]),
-        _residual("messages", [message_seconds(cluster, p.num_bytes, p.inside) / p.seconds for p in measured.messages]),
+        _residual("messages", [message_seconds(cluster, p.num_bytes, p.inside) / p.seconds for p in messages]),
     ]
 
 

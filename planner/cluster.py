@@ -87,6 +87,9 @@ class Efficiency(Document, frozen=True, kw_only=True):
     """Latency of one step of a collective inside a node over that of a message."""
     inter_node_collective_latency: float = 1.0
     """The same between nodes."""
+    wait_seconds: float = 0.0
+    """What a collective between pieces of compute costs beyond the same one right after another: waiting for the last rank, waking the
+    transport, cold caches afterwards."""
     receive_seconds: float = 0.0
     """Least time of a receive between pipeline stages, whose message was sent long before: where a message only begins to move when its
     receiver asks for it (gloo), the sender's transport must first get a core."""

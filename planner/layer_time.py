@@ -159,7 +159,8 @@ def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, 
     ranks = axis_group(cluster, decisions, "tp")
     if decisions.sequence_parallel:
         pair = reduce_scatter_seconds(ranks, num_bytes) + all_gather_seconds(ranks, num_bytes)
-        return pair + 2 * cluster.efficiency.wait_seconds + program.collective_seconds
+        # two each, but in the backward pass a weight gradient's gather runs beside a reduce-scatter: eight of ten in a block
+        return pair + 1.6 * cluster.efficiency.wait_seconds + program.collective_seconds
     return all_reduce_seconds(ranks, num_bytes) + cluster.efficiency.wait_seconds + program.collective_seconds
 
 
@@ -266,7 +267,8 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     def whole_of(collective: Callable[[Group, float], float], ranks: Group, num_bytes: float) -> float:
         return pieces * collective(ranks, num_bytes / pieces)
 
-    waits = 1.0 if decisions.zero_stage < 2 else m * pieces * (3.0 if decisions.zero_stage == 3 else 1.0)
+    # a layer's reduction and the next one's gather follow each other, as do those of the units at the ends
+    waits = 1.0 if decisions.zero_stage < 2 else m * (pieces - 0.5 * _num_end_units(decisions)) * (decisions.zero_stage - 1)
     replicated += waits * cluster.efficiency.wait_seconds
     across = whole_of(all_reduce_seconds, replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
     scatter = whole_of(all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds, shard, gradient_bytes)
@@ -298,8 +300,12 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
 
 def _num_units(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float) -> float:
     """Layers that a rank reduces one by one: its blocks, and at the ends tables and the final norm by themselves."""
-    blocks = decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters
-    return blocks + (3.0 if decisions.pipeline_parallel == 1 else 4.0 / decisions.pipeline_parallel)
+    return decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters + _num_end_units(decisions)
+
+
+def _num_end_units(decisions: Decisions) -> float:
+    """Tables, positions and final norm, shared out over the pipeline ranks."""
+    return 3.0 if decisions.pipeline_parallel == 1 else 4.0 / decisions.pipeline_parallel
 
 
 def _replicated_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, program: Software) -> float:

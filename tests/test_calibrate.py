@@ -111,7 +111,8 @@ def pretend_run(plan, truth) -> tuple[Run, Timeline]:
 
 def test_correction_converges_on_the_machine_that_ran() -> None:
     plan = pipeline_plan(TRUE)
-    slower = replace(TRUE.efficiency, time_scale=1.7, optimizer_scale=3.0, step_seconds=0.004)
+    late = TRUE.efficiency.collective_latency * TRUE.intra_node.latency_seconds / 2e-3
+    slower = replace(TRUE.efficiency, time_scale=1.7, optimizer_scale=3.0, step_seconds=0.004, collective_latency=late)
     truth = replace(TRUE, efficiency=slower, intra_node=replace(TRUE.intra_node, latency_seconds=2e-3))
     run, timeline = pretend_run(plan, truth)
     corrected = correct(plan.inputs, plan.decisions, run, timeline)
