@@ -4,8 +4,10 @@ For 1F1B and GPipe with one stage per rank. With c = f + b of a stage, P the sec
 micro-batches, and tails (reduction and optimizer) left out where they only add:
 
     T >= P_j + m c_j               rank j waits for its first micro-batch, and the last one's gradients go back
-    T >= P_all + (m - 1) max f + (m - 1) max b      GPipe, a flow shop of equal jobs
+    T >= P_all + (m - 1) c_j                                GPipe, a flow shop of equal jobs
     T >= P_all + (m - 1) b_j + max(0, m - p + j) f_j        1F1B: stage j has run p - 1 - j forwards ahead
+
+and each boundary on the way adds the shortest message there and back.
 
 A layer on stage j needs its states and j's micro-batches in flight; the least recomputation that makes a stage fit is a
 knapsack, whose linear relaxation bounds it from below (Dantzig 1957) and which is rounded up for a plan.
@@ -13,8 +15,10 @@ knapsack, whose linear relaxation bounds it from below (Dantzig 1957) and which 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from planner.pipeline import Counts, Pipeline
@@ -48,6 +52,7 @@ class ChainBound:
             transient = min(max(option.forward_transient, option.backward_transient) for option in run.options)
             self.layers.append(_Layer(best.forward, best.backward, run.states, best.saved, transient))
         self.seconds = [0.0, *itertools.accumulate(layer.forward + layer.backward for layer in self.layers)]
+        self.forward = [0.0, *itertools.accumulate(layer.forward for layer in self.layers)]
         self.states = [0.0, *itertools.accumulate(layer.states for layer in self.layers)]
         self.saved = [0.0, *itertools.accumulate(layer.saved for layer in self.layers)]
         self.relief = []
@@ -60,6 +65,13 @@ class ChainBound:
         for moment in pipeline.moments:
             for stage, saved, _ in moment.in_flight:
                 self.in_flight[stage] = max(self.in_flight[stage], saved)
+        shortest = min((edge.message for edge in pipeline.edges if edge.target == edge.source + 1), default=0.0)
+        fixed = pipeline.fixed_seconds
+        hops = [
+            fixed.get(("SEND_F", s), 0.0) + fixed.get(("SEND_B", s + 1), 0.0) + 2 * shortest * pipeline.slow(s) for s in range(self.p - 1)
+        ]
+        self.hops = [0.0, *itertools.accumulate(hops)]
+        """Seconds of messages to each stage and back, at the least."""
 
     def stage(self, first: int, end: int, stage: int) -> float:
         """At least so many seconds for one micro-batch, recomputation included; infinite where it can't fit."""
@@ -78,22 +90,26 @@ class ChainBound:
 
     def longest_stage(self, first: int, stage: int, within: float) -> int:
         """The furthest end of a stage from `first` that takes no more than `within` seconds; `first` where none does."""
+        return self._furthest(first, stage, lambda end: self.stage(first, end, stage) <= within)
+
+    def _furthest(self, first: int, stage: int, fits: Callable[[int], bool]) -> int:
+        """The last end for which `fits` holds, which does for all ends before it."""
         low, high = first, self.n - (self.p - stage - 1)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.stage(first, middle, stage) <= within else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
     def bound(self, goal: float) -> float:
         """Seconds that no cut beats; infinite where no cut fits or reaches `goal`."""
-        least = max(self.seconds[-1], self.m * self.seconds[-1] / self.p)
+        least = max(self.seconds[-1] + self.hops[-1], self.m * self.seconds[-1] / self.p)
         if self._reaches(least):
             return least
         high = goal
         if high == math.inf:
             high = 2 * self.m * self.seconds[-1] + 1e-12
             most = 2 * sum(max(o.forward + o.backward for o in run.options) for run in self.pipeline.runs) * self.m + 1e-12
-            high = max(high, most)
+            high = max(high, most) + 2 * self.hops[-1]
         if not self._reaches(high):
             return math.inf
         low = least
@@ -106,16 +122,25 @@ class ChainBound:
         """Whether cuts exist of which no rank's path is longer than `step`: each stage as long as it can be."""
         at = 0
         for stage in range(self.p):
-            within = (step - self.seconds[at]) / self.m
-            if self.schedule == "GPipe" and self.m > 1:
-                within = min(within, (step - self.seconds[-1]) / (self.m - 1))
-            elif self.schedule == "Naive":
-                within = math.inf if self.m * self.seconds[-1] <= step else -1.0
-            end = self.longest_stage(at, stage, within)
+            end = self._furthest(at, stage, functools.partial(self._in_time, at, stage, step))
             if end == at:
                 return False
             at = end
         return at == self.n
+
+    def _in_time(self, first: int, stage: int, step: float, end: int) -> bool:
+        """Whether the paths along a stage's rank are no longer than `step`."""
+        taken, m, rest = self.stage(first, end, stage), self.m, step - self.seconds[-1] - self.hops[-1]
+        if taken == math.inf:
+            return False
+        if self.schedule == "Naive":
+            return m * (self.seconds[-1] + self.hops[-1]) <= step
+        if self.seconds[first] + self.hops[stage] + m * taken > step:
+            return False
+        if self.schedule == "GPipe":
+            return (m - 1) * taken <= rest
+        forward = self.forward[end] - self.forward[first]
+        return (m - 1) * (taken - forward) + max(0, m - self.p + stage) * forward <= rest
 
     def balanced(self) -> Counts | None:
         """Cuts of the least Σ c + (m - 1) max c, by shortest paths under falling ceilings of c; None where none fits."""

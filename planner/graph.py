@@ -117,7 +117,7 @@ def chain_of(graph: nx.DiGraph, weight: str = "forward_flops") -> list[list[Hash
     A value is an edge here, whether one node uses it or several: an articulation edge is a value that every path from the
     chain's first part to the last node passes. Residual connections therefore lie inside a part. A branch that begins on
     its own (an embedding beside a vision tower) is with the part where it joins; of several that could begin the chain,
-    the path with the most `weight` does. Raises ValueError unless the graph is acyclic with exactly one last node.
+    the path with the most `weight` does, then the longest. Raises ValueError unless the graph is acyclic with exactly one last node.
 
     Each node is split in two, joined by its value. Bridges of that graph (Tarjan 1974) cut it into a tree of parts.
     """
@@ -140,10 +140,10 @@ def chain_of(graph: nx.DiGraph, weight: str = "forward_flops") -> list[list[Hash
         own[part_of[node, "in"]].append(node)
     heavy = {part: sum(graph.nodes[node].get(weight, 0.0) for node in nodes) for part, nodes in own.items()}
     end = part_of[last[0], "in"]
-    best, reached = end, {end: heavy[end]}
+    best, reached = end, {end: (heavy[end], 1)}
     for before, part in nx.bfs_edges(tree, end):
-        reached[part] = reached[before] + heavy[part]
-        if (reached[part], len(own[part])) > (reached[best], len(own[best])):
+        reached[part] = (reached[before][0] + heavy[part], reached[before][1] + 1)
+        if reached[part] > reached[best]:
             best = part
     path = nx.shortest_path(tree, best, end)
     main = set(path)
