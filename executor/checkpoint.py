@@ -269,6 +269,6 @@ def resume(trainer: Trainer, path: str) -> int:
         optimizer.num_steps.fill_(state.step)
         if optimizer.master is not None:
             optimizer.unit.weight_shard.copy_(optimizer.master)
-        optimizer.unit.gather_updated()
+        optimizer.unit.gather_updated().wait()
     trainer.step_index = state.step
     return state.step

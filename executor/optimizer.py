@@ -70,13 +70,10 @@ class UnitOptimizer:
         options, weights = self.options, self.unit.weight_shard[part]
         gradient = self.unit.grad_shard[part]
         target = weights if self.master is None else self.master[part]
-        if gradient.dtype != target.dtype:
-            gradient = gradient.to(target.dtype)
+        gradient = gradient.to(target.dtype)
+        if self.first is None or self.second is None:
             if scale is not None:
                 gradient.mul_(scale)
-        elif scale is not None:
-            gradient.mul_(scale)
-        if self.first is None or self.second is None:
             if decay:
                 target.mul_(1.0 - learning_rate * decay)
             target.add_(gradient, alpha=-learning_rate)
@@ -95,6 +92,7 @@ class UnitOptimizer:
                 eps=options.epsilon,
                 amsgrad=False,
                 maximize=False,
+                grad_scale=None if scale is None else scale.reciprocal(),
             )
         if self.master is not None:
             weights.copy_(target)

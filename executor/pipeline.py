@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from executor.functions import State
 from executor.measure import Recorder
-from executor.mesh import Axis, Mesh
+from executor.mesh import DONE, Axis, Mesh
 from executor.model import StageModel
 from planner.schedule import Actions
 
@@ -85,8 +85,12 @@ class StageCompute:
                 work.popleft()()
 
     def reduce(self, stage: int) -> None:
+        before: Any = DONE
         for unit in self.stages[stage].units:
-            unit.reduce()
+            work = unit.reduce()
+            before.wait()  # two at a time: gloo keeps a copy of what it reduces
+            before = work
+        before.wait()
 
     def optimizer(self) -> None:
         self.run_optimizer()

@@ -197,11 +197,13 @@ class Trainer:
         if self.options.clip_norm:
             scale = (self.options.clip_norm / (self._result.gradient_norm + 1e-6)).clamp_(max=1.0)
         rate = learning_rate(self.options, self.step_index)
-        for optimizer in self.optimizers:
+        gathers = []
+        for unit, optimizer in zip(self.units, self.optimizers, strict=True):
             optimizer.step(rate, scale)
-        for unit in self.units:
-            unit.gather_updated()
+            gathers.append(unit.gather_updated())
             unit.clear_gradients()
+        for gather in gathers:
+            gather.wait()
 
     def _reduce_results(self) -> StepResult:
         """The mean loss and the global gradient norm, the same on all ranks."""

@@ -22,10 +22,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from executor.mesh import Axis, Mesh
+from executor.mesh import DONE, Axis, Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +193,12 @@ class Unit:
             self.weights = None
             self.w = {}
 
-    def gather_updated(self) -> None:
-        """After the optimizer's step on the shard: every rank's part into the whole weights."""
-        if self.zero_stage in (1, 2):
-            assert self.weights is not None
-            self.axis.all_gather(self.weights, self.weight_shard)
+    def gather_updated(self) -> Any:
+        """After the optimizer's step on the shard: starts to bring every rank's part into the whole weights. Returns a handle to wait on."""
+        if self.zero_stage not in (1, 2):
+            return DONE
+        assert self.weights is not None
+        return self.axis.all_gather(self.weights, self.weight_shard, wait=False)
 
     # gradients
 
@@ -237,19 +239,20 @@ class Unit:
         self.grads = None
         self._gradient_views = {}
 
-    def reduce(self) -> None:
-        """At the end of the step's backward passes: gradients summed over the data-parallel ranks."""
+    def reduce(self) -> Any:
+        """At the end of the step's backward passes: starts to sum the gradients over the data-parallel ranks. Returns a handle to wait on."""
         if self.zero_stage >= 2:
             self.reduce_now()
-            self.replicate.all_reduce(self.grad_shard)
-            return
+            return self.replicate.all_reduce(self.grad_shard, wait=False)
         assert self.grads is not None
         self._sum_over_tensor_parallel()
         if self.zero_stage == 0:
-            self.dp.all_reduce(self.grads)
-        else:
-            self.axis.reduce_scatter(self.grad_shard, self.grads)
-            self.replicate.all_reduce(self.grad_shard)
+            return self.dp.all_reduce(self.grads, wait=False)
+        scattered = self.axis.reduce_scatter(self.grad_shard, self.grads, wait=False)
+        if self.replicate.size == 1:
+            return scattered
+        scattered.wait()
+        return self.replicate.all_reduce(self.grad_shard, wait=False)
 
     def clear_gradients(self) -> None:
         if self.zero_stage >= 2:
