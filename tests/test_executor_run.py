@@ -153,7 +153,7 @@ def one_model_table() -> int:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--steps", "0"], "--steps: 0 is not valid"),
+        (["--steps", "0"], "--steps: '0' is not valid"),
         (["--data", "/nowhere/tokens.bin"], "--data"),
         (["--dropout", "1.5"], "--dropout"),
         (["--output", "/nowhere/run.json"], "--output"),
