@@ -23,3 +23,11 @@ class Accuracy(Document, frozen=True, kw_only=True):
 def accuracy() -> Accuracy:
     text = (resources.files("planner") / "data" / "accuracy.json").read_text(encoding="utf-8")
     return convert(parse_json(text, "accuracy.json"), Accuracy, "accuracy.json", SCHEMA)
+
+
+def step_interval(seconds: float | None) -> tuple[float, float] | None:
+    """Between which four of five measured step times lie that are predicted as `seconds`."""
+    if seconds is None:
+        return None
+    low, high = accuracy().step_seconds_interval
+    return low * seconds, high * seconds

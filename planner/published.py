@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from planner.accuracy import Accuracy, accuracy
+from planner.accuracy import Accuracy, accuracy, step_interval
 from planner.documents import Document, parse_json, read_text
 from planner.errors import InputError, MeshwrightError
 from planner.framework_memory import facts as memory_facts
@@ -168,8 +168,7 @@ def predict_row(row: Any) -> PredictedFigures:
         raise NotExpressible(f"no prediction: {error}") from None
     if not (math.isfinite(seconds) and seconds > 0):
         raise NotExpressible("no prediction: the numbers of the row are out of range")
-    low, high = accuracy().step_seconds_interval
-    return PredictedFigures(step_seconds=seconds, step_seconds_interval=(low * seconds, high * seconds), peak_bytes=memory.reported, fits=memory.fits)
+    return PredictedFigures(step_seconds=seconds, step_seconds_interval=step_interval(seconds), peak_bytes=memory.reported, fits=memory.fits)
 
 
 def case_seconds(case: Case) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from planner.accuracy import accuracy
+from planner.accuracy import step_interval
 from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.economics import hardware_flops, model_flops, run_cost, step_tokens
 from planner.graph import LayerKind
@@ -256,13 +256,12 @@ def _time(
     inputs: Inputs, decisions: Decisions, step: float, bubble: float, breakdown: dict[str, float], num_tokens: float | None
 ) -> Time:
     """The step time with what follows from it; the utilizations by the conventions of planner.economics."""
-    low, high = accuracy().step_seconds_interval
     tokens, flops = step_tokens(inputs), model_flops(inputs)
     peak = peak_flops_per_second(inputs.cluster, inputs.training.precision) * decisions.world_size
     cost = None if num_tokens is None else run_cost(inputs, decisions, step, num_tokens)
     return Time(
         step_seconds=step,
-        step_seconds_interval=(low * step, high * step),
+        step_seconds_interval=step_interval(step),
         bubble_fraction=bubble,
         model_flops_utilization=flops / step / peak if step > 0 else None,
         hardware_flops_utilization=hardware_flops(inputs, decisions) / step / peak if step > 0 else None,

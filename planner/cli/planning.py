@@ -223,7 +223,8 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
         ]
         print_json({"schema": "meshwright.sweep/1", "model": inputs.model.name, "points": rows})
     else:
-        click.echo(text.show(plans.sweep_table(inputs.model.name, points)), nl=False)
+        found = plans.sweep_warnings(points)
+        click.echo(text.show(plans.sweep_table(inputs.model.name, points), *([text.notes("Warnings", found)] if found else [])), nl=False)
     return 0 if any(plan is not None for _, plan, _ in points) else 3
 
 
@@ -341,6 +342,7 @@ def show(plan_file: str, as_json: bool) -> int:
 @json_option
 def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     """The schedule's timeline: bubble, busy and idle time per pipeline rank."""
+    from planner.accuracy import step_interval
     from planner.tables import plans, text
     from planner.timeline import bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, exposed_communication_seconds, window
     from planner.timing import predict_timeline
@@ -354,6 +356,7 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
         timeline = chain_costs.predict_timeline(chain_costs.ChainCosts(plan.inputs), plan.decisions)
     else:
         timeline = predict_timeline(plan.inputs, plan.decisions)
+    interval = None if isinstance(plan, ChainPlan) else step_interval(timeline.end)  # errors were measured for transformers only
     fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)
     first, last = window(timeline)
     if trace is not None:
@@ -364,6 +367,7 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
                 "schema": "meshwright.simulation/1",
                 "schedule": plan.decisions.schedule,
                 "step_seconds": timeline.end,
+                "step_seconds_interval": interval,
                 "bubble_fraction": bubble_fraction(timeline),
                 "pipeline_ranks": [
                     {
@@ -384,7 +388,7 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     ]
     head = (
         f"{plan.decisions.schedule}: {plan.decisions.num_microbatches} micro-batches on {plan.decisions.pipeline_parallel} pipeline ranks; "
-        f"step {text.seconds(timeline.end)}, bubble {text.percent(bubble_fraction(timeline))}"
+        f"step {text.seconds(timeline.end)}{plans.in_brackets(interval)}, bubble {text.percent(bubble_fraction(timeline))}"
     )
     columns = ("pipeline rank", "busy", "idle in the pipeline", "sends, receives, reductions", "bubble")
     parts: list[Any] = [head, "", text.table("The simulated step", columns, rows)]

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from planner.accuracy import step_interval
 from planner.cluster import ClusterSpec
-from planner.estimate import Estimate
+from planner.estimate import Estimate, warnings
 from planner.explain import Term
 from planner.model import ModelSpec
 from planner.plan import (
@@ -110,15 +111,22 @@ def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fi
         f"{answer}: {inputs.model.name} on {inputs.cluster.num_gpus:,} x {inputs.cluster.gpu.name} ({degrees(decisions)})",
         f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {size(capacity)} ({room})",
     ]
-    low_high = ""
-    if time.step_seconds_interval:
-        low_high = f" (80 % interval {seconds(time.step_seconds_interval[0])} to {seconds(time.step_seconds_interval[1])})"
     lines.append(
-        f"  step: {seconds(time.step_seconds)}{low_high}, bubble {percent(time.bubble_fraction)}, "
+        f"  step: {seconds(time.step_seconds)}{in_brackets(time.step_seconds_interval)}, bubble {percent(time.bubble_fraction)}, "
         f"MFU {percent(time.model_flops_utilization)}, {count(time.tokens_per_second)} tokens/s"
     )
     lines.append(training_line(time))
     return "\n".join(line for line in lines if line)
+
+
+def in_brackets(interval: tuple[float, float] | None) -> str:
+    """The interval of a predicted time, to be written behind it."""
+    return f" (80 % interval {seconds(interval[0])} to {seconds(interval[1])})" if interval else ""
+
+
+def between(interval: tuple[float, float] | None) -> str | None:
+    """The interval of a predicted time for a table's cell."""
+    return f"{seconds(interval[0])} to {seconds(interval[1])}" if interval else None
 
 
 def training_line(time: Time) -> str:
@@ -138,7 +146,7 @@ def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Ta
     rows: list[tuple[object, ...]] = []
     for number, plan, why in points:
         if plan is None:
-            rows.append((f"{number:,}", why, None, None, None, None, None, None, None))
+            rows.append((f"{number:,}", why, *[None] * 8))
             continue
         time = plan.predictions.time
         rows.append(
@@ -146,6 +154,7 @@ def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Ta
                 f"{number:,}",
                 degrees(plan.decisions),
                 seconds(time.step_seconds),
+                between(time.step_seconds_interval),
                 percent(time.bubble_fraction),
                 percent(time.model_flops_utilization),
                 count(time.tokens_per_second),
@@ -154,8 +163,13 @@ def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Ta
                 None if time.cost is None else f"{time.cost:,.0f}",
             )
         )
-    columns = ("GPUs", "best plan", "step", "bubble", "MFU", "tokens/s", "peak GiB", "days", "cost")
+    columns = ("GPUs", "best plan", "step", "80 % interval", "bubble", "MFU", "tokens/s", "peak GiB", "days", "cost")
     return table(f"{name}: the best plan for each number of GPUs", columns, rows, left=2)
+
+
+def sweep_warnings(points: Sequence[tuple[int, Plan | None, str]]) -> list[str]:
+    """What is implausible or risky about the plans of a sweep."""
+    return [f"{number:,} GPUs: {word}" for number, plan, _ in points if plan for word in warnings(plan.inputs, plan.predictions)]
 
 
 def stage_table(inputs: Inputs, decisions: Decisions, ranks: Sequence[PipelineRankPrediction]) -> Table:
@@ -232,9 +246,10 @@ def offload_view(estimate: Estimate) -> Table:
 
 def runners_up_table(plan: Plan) -> Table:
     rows = [
-        (degrees(runner.decisions), seconds(runner.step_seconds), gib(runner.peak_bytes), runner.why_not) for runner in plan.solver.runners_up
+        (degrees(runner.decisions), seconds(runner.step_seconds), between(step_interval(runner.step_seconds)), gib(runner.peak_bytes), runner.why_not)
+        for runner in plan.solver.runners_up
     ]
-    return table("Runners-up", ("plan", "step", "peak GiB", "why it lost"), rows, left=1)
+    return table("Runners-up", ("plan", "step", "80 % interval", "peak GiB", "why it lost"), rows, left=1)
 
 
 def solver_line(solver: SolverReport) -> str:

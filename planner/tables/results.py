@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from rich.console import RenderableType
 from rich.table import Table
 
+from planner.accuracy import accuracy, step_interval
 from planner.compare import Comparison, Row
 from planner.paradigms import Paradigms
 from planner.plan import Plan
 from planner.published import Validation
 from planner.run import DryRun, Run
+from planner.tables.plans import between
 from planner.tables.text import count, gib, notes, percent, seconds, table
 
 
@@ -81,7 +83,11 @@ def paradigms_view(document: Paradigms) -> list[RenderableType | str]:
     title += " (predicted / measured)" if ran else " (predicted)"
     columns = ("paradigm", "splits", "sends", "TP x PP x DP", "TP GiB", "DP GiB", "PP GiB", "peak GiB", "bubble", "step", "fits")
     parts: list[RenderableType | str] = [table(title, columns, rows, left=3)]
-    parts.append("GiB sent: per step by the rank that sends most along that axis, ring algorithms (Mi = MiB).")
+    low, high = accuracy().step_seconds_interval
+    parts.append(
+        "GiB sent: per step by the rank that sends most along that axis, ring algorithms (Mi = MiB). "
+        f"80 % interval of a predicted step: {low:g} to {high:g} times it."
+    )
     if missing:
         parts.append(notes("Not possible here", missing))
     return parts
@@ -98,6 +104,12 @@ def _quantity(name: str, value: float | None) -> str:
     if name.endswith("_fraction"):
         return percent(value)
     return count(value)
+
+
+def _predicted(row: Row) -> str:
+    """The predicted value, a step time with its interval."""
+    interval = f" ({between(step_interval(row.predicted))})" if row.quantity == "step_seconds" and row.predicted is not None else ""
+    return _quantity(row.quantity, row.predicted) + interval
 
 
 _SHORT = {
@@ -118,7 +130,7 @@ def comparison_view(document: Comparison, run: Run) -> list[RenderableType | str
     """Predicted, dry run and measured: the whole run first, then a row per rank, then the categories of the heaviest rank."""
     label = "rehearsed (compute replaced by its predicted time)" if document.rehearsed else "measured"
     whole = [
-        (_SHORT.get(row.quantity, row.quantity), _quantity(row.quantity, row.predicted), _quantity(row.quantity, row.dry_run),
+        (_SHORT.get(row.quantity, row.quantity), _predicted(row), _quantity(row.quantity, row.dry_run),
          _quantity(row.quantity, row.measured), _error(row))
         for row in document.rows if row.rank is None
     ]  # fmt: skip
