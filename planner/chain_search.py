@@ -63,8 +63,6 @@ def candidates(costs: ChainCosts, constraints: Constraints) -> list[Decisions]:
         raise InputError("--schedule", fixed.schedule, f"one of {', '.join(CHAIN_SCHEDULES)} is expected for a traced module")
     if fixed.zero_stage not in (None, *CHAIN_ZERO_STAGES):
         raise InputError("--zero-stage", fixed.zero_stage, "0 or 1 is expected for a traced module")
-    if fixed.recompute == "selective":
-        raise InputError("--recompute", "selective", "none or full is expected for a traced module")
     found = []
     for p in divisors(gpus):
         dp = gpus // p
@@ -112,6 +110,8 @@ class _Search:
     def __init__(self, costs: ChainCosts, constraints: Constraints) -> None:
         self.costs, self.constraints = costs, constraints
         fixed = constraints.fixed.recompute
+        if fixed == "selective":
+            raise InputError("--recompute", fixed, "none or full is expected for a traced module")
         self.levels = tuple(level for level in LEVELS if constraints.allows("recompute", level) and fixed in (None, level))
         if not self.levels:
             raise InputError("forbidden", "recompute", "none or full must stay allowed")
