@@ -209,6 +209,8 @@ class StageModel:
         self.layers: list[tuple[tuple[Unit, ...], Forward]] = []
         self.has_embedding = False
         self.has_head = False
+        self.constants: tuple[torch.Tensor, ...] = ()
+        """Tables that its blocks read and no step changes; stages of one rank share them."""
         self.logits: Callable[[torch.Tensor], torch.Tensor] | None = None
         """Activations before the final norm to this rank's logits, on the last stage."""
 
@@ -276,6 +278,8 @@ def build_stages(
             table = make_unit(table_layout(model, "embedding.tokens", rank, degree))
             _add_embedding(built, model, table, make_unit, state, start, sequence_length, dropout)
         _add_blocks(built, model, stage, make_unit, state, shape, rope, rank, degree)
+        if rope is not None and len(stage_blocks(stage, model)):
+            built.constants = (rope.cosine, rope.sine)
         if built.has_head:
             own = table if model.tied_embeddings else None
             if own is None:

@@ -1,7 +1,7 @@
 """Runs a rank's action list: the list that the planner simulated, on real processes.
 
-A receive waits right before the compute that needs it; a send starts right after the compute that made it and is let go
-when it has arrived. Only the micro-batches in flight hold memory.
+A receive waits right before the compute that needs it; a send starts right after the compute that made it. Only the
+micro-batches in flight hold memory, and messages that have not been taken (`Sends`).
 """
 
 from __future__ import annotations
@@ -131,45 +131,65 @@ class SleepCompute:
         self._act("OPTIMIZER", -1)
 
 
-class Sends:
-    """Messages on their way, each with its tensor, which is let go as soon as the message has arrived.
+Channel = tuple[str, int]
+"""Direction ("F" or "B") and sending stage."""
 
-    A gloo message says so only to who waits for it, so a thread waits; NCCL's can be asked; a fake one has arrived at once.
+
+class Sends:
+    """Messages on their way, each with its tensor.
+
+    With `in_turn` (`planner.schedule.IN_TURN_SCHEDULES`) each channel holds its last message until the next one, which waits
+    until the last has been taken: so many tensors at any time, however late the others are. Without, a message is let go as
+    soon as it has arrived. A gloo message says so only to who waits for it, so a thread waits, one for each channel; NCCL's
+    can be asked; a fake one has arrived at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_turn: bool) -> None:
+        self.in_turn = in_turn
         self.backend = dist.get_backend() if dist.is_initialized() else "none"
+        self._last: dict[Channel, tuple[Any, torch.Tensor]] = {}
         self._pending: list[tuple[Any, torch.Tensor]] = []
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._queues: dict[Channel, queue.SimpleQueue[Any]] = {}
         self._error: BaseException | None = None
 
-    def add(self, work: Any, tensor: torch.Tensor) -> None:
-        """Keeps `tensor` until `work` is done."""
+    def send(self, channel: Channel, tensor: torch.Tensor, start: Callable[[], Any]) -> None:
+        """Starts a message of `tensor`, and keeps the tensor until it is let go."""
+        if self.in_turn:
+            self._let_go(channel)
+            self._last[channel] = (start(), tensor)
+            return
+        work = start()
         if self.backend == "gloo":
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._wait, name="sends", daemon=True)
-                self._thread.start()
-            self._queue.put((work, tensor))
+            if channel not in self._queues:
+                self._queues[channel] = queue.SimpleQueue()
+                threading.Thread(target=self._wait, args=(self._queues[channel],), name=f"sends {channel}", daemon=True).start()
+            self._queues[channel].put((work, tensor))
         elif self.backend != "fake":
             self._pending = [item for item in self._pending if not item[0].is_completed()]
             self._pending.append((work, tensor))
 
     def finish(self) -> None:
         """Waits for all messages. Raises what went wrong with one."""
+        for channel in list(self._last):
+            self._let_go(channel)
         for work, _ in self._pending:
             work.wait()
         self._pending = []
-        if self._thread is not None:
+        for waiting in self._queues.values():
             done = threading.Event()
-            self._queue.put((done, None))
+            waiting.put((done, None))
             done.wait()
         if self._error is not None:
             raise self._error
 
-    def _wait(self) -> None:
+    def _let_go(self, channel: Channel) -> None:
+        work, _ = self._last.pop(channel, (None, None))
+        if work is not None:
+            work.wait()
+
+    def _wait(self, waiting: queue.SimpleQueue[Any]) -> None:
         while True:
-            work, tensor = self._queue.get()
+            work, tensor = waiting.get()
             try:
                 if tensor is None:
                     work.set()
@@ -181,7 +201,7 @@ class Sends:
 
 
 class Pipeline:
-    """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i."""
+    """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i; `in_turn` as in `Sends`."""
 
     def __init__(
         self,
@@ -192,6 +212,8 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         recorder: Recorder,
+        *,
+        in_turn: bool,
     ) -> None:
         self.actions = actions
         self.stage_ranks = stage_ranks
@@ -202,7 +224,7 @@ class Pipeline:
         self.recorder = recorder
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
         self._outbox: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._sends = Sends()
+        self._sends = Sends(in_turn)
 
     def run(self, compute: Compute, around: Callable[[str], Any] | None = None) -> None:
         """All actions in order. `around(kind)` is a context for each, used to categorise memory."""
@@ -240,6 +262,7 @@ class Pipeline:
         elif kind == "REDUCE":
             compute.reduce(stage)
         else:
+            self._sends.finish()
             compute.optimizer()
 
     def _hand_on(self, direction: str, to: int, stage: int, microbatch: int, out: torch.Tensor | None) -> None:
@@ -261,8 +284,8 @@ class Pipeline:
         tensor = self._outbox.pop((direction, stage, microbatch)).contiguous()
         axis = self._axis(direction)
         axis.sent_bytes["pp"] += tensor.nbytes
-        work = dist.isend(tensor, axis.ranks[self.stage_ranks[to]], group=axis.group, tag=self._tag(direction, to, microbatch))
-        self._sends.add(work, tensor)
+        peer, tag = axis.ranks[self.stage_ranks[to]], self._tag(direction, to, microbatch)
+        self._sends.send((direction, stage), tensor, lambda: dist.isend(tensor, peer, group=axis.group, tag=tag))
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
         tensor = torch.empty(self.rows, dtype=self.dtype, device=self.device)

@@ -18,7 +18,7 @@ from executor.measure import Recorder
 from executor.mesh import Mesh
 from executor.pipeline import Pipeline, SleepCompute
 from planner.plan import Inputs, Plan, replace, stage_ranks
-from planner.schedule import COMPUTE_KINDS, plan_actions
+from planner.schedule import COMPUTE_KINDS, IN_TURN_SCHEDULES, plan_actions
 from planner.timing import predict_timeline
 
 LEAST_ACTION_SECONDS = 0.02
@@ -69,7 +69,8 @@ class Rehearsal:
         rows = (tokens // decisions.tensor_parallel if decisions.sequence_parallel else tokens, inputs.model.hidden_size)
         dtype = torch.float32 if inputs.training.precision == "fp32" else torch.bfloat16
         device = torch.device("cpu")
-        self.pipeline = Pipeline(plan_actions(decisions)[mesh.pp.index], ranks, mesh, rows, dtype, device, self.recorder)
+        actions, in_turn = plan_actions(decisions)[mesh.pp.index], decisions.schedule in IN_TURN_SCHEDULES
+        self.pipeline = Pipeline(actions, ranks, mesh, rows, dtype, device, self.recorder, in_turn=in_turn)
         self.compute = SleepCompute(self._seconds, len(ranks) - 1, rows, dtype, self._reducer(dtype))
 
     def _seconds(self, kind: str, stage: int) -> float:

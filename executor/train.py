@@ -22,7 +22,7 @@ from executor.pipeline import Pipeline, StageCompute
 from executor.units import Unit
 from planner.errors import MeshwrightError
 from planner.plan import Plan, replace, stage_ranks
-from planner.schedule import plan_actions
+from planner.schedule import IN_TURN_SCHEDULES, plan_actions
 
 _BUFFER_KINDS = frozenset({"REDUCE", "OPTIMIZER"})
 
@@ -114,7 +114,8 @@ class Trainer:
         ranks = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
         tokens = decisions.micro_batch_size * training.sequence_length
         rows = (tokens // mesh.tp.size if decisions.sequence_parallel else tokens, model.hidden_size)
-        self.pipeline = Pipeline(plan_actions(decisions)[mesh.pp.index], ranks, mesh, rows, dtype, device, self.recorder)
+        actions, in_turn = plan_actions(decisions)[mesh.pp.index], decisions.schedule in IN_TURN_SCHEDULES
+        self.pipeline = Pipeline(actions, ranks, mesh, rows, dtype, device, self.recorder, in_turn=in_turn)
         self.compute = StageCompute(self.stages, len(ranks) - 1, self.state, device, self._optimizer_step)
         self.tied_units = self._tied_units()
         self.step_index = 0
@@ -230,7 +231,8 @@ class Trainer:
             for tensor in (*optimizer.tensors.values(), optimizer.num_steps):
                 tracker.add(tensor, "optimizer")
             unit.on_allocate = tracker.add
-        for held in (self.compute.tokens, self.compute.targets):
+        constants = [tensor for stage in self.stages.values() for tensor in stage.constants]
+        for held in (self.compute.tokens, self.compute.targets, *constants):
             if held is not None:
                 tracker.add(held, "buffers")
         tracker.reset()

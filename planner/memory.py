@@ -29,7 +29,7 @@ from planner.plan import (
     has_embedding,
     has_head,
 )
-from planner.schedule import Actions, compute_actions
+from planner.schedule import IN_TURN_SCHEDULES, Actions, compute_actions
 from planner.shapes import shape_of
 
 OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
@@ -260,8 +260,8 @@ def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     found = []
     for rank in range(decisions.pipeline_parallel):
         mine = {index: stages[index] for index, owner in enumerate(owners) if owner == rank}
-        peak = walk_rank(lists[rank], mine, boundary)
-        batch = batch_bytes(inputs, decisions, rank)
+        peak = walk_rank(lists[rank], mine, boundary, decisions)
+        held = batch_bytes(inputs, decisions, rank) + rope_bytes(inputs, decisions, rank)
         update = optimizer_buffer_bytes(inputs, decisions, rank)
         if update > sum(peak):
             peak = Peak(0, update)
@@ -271,7 +271,7 @@ def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
                 sum(stage.gradients_bytes for stage in mine.values()),
                 sum(stage.optimizer_bytes for stage in mine.values()),
                 peak.activations,
-                peak.buffers + batch,
+                peak.buffers + held,
             )
         )
     return tuple(found)
@@ -284,6 +284,17 @@ def batch_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int
     ends = (decisions.stages[0].pipeline_rank, decisions.stages[-1].pipeline_rank)
     tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
     return 8 * tokens * sum(1 for end in ends if end == pipeline_rank)
+
+
+def rope_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | None = None) -> int:
+    """The fp32 tables of rotary positions, s·D·4 bytes on every rank that has blocks; on any rank without `pipeline_rank`."""
+    model = inputs.model
+    if model.position_embedding != "rope" or inputs.training.profile == "megatron":
+        return 0
+    mine = [stage for stage in decisions.stages if stage.pipeline_rank == pipeline_rank]
+    if pipeline_rank is not None and not any(block_levels(stage, model) for stage in mine):
+        return 0
+    return inputs.training.sequence_length * (model.head_dim // 2) * 2 * 4
 
 
 def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:
@@ -311,8 +322,8 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
 
 
 def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
-    """What a rank needs at most beside its layers: the step's batch, the optimizer's chunk, and what passes between two of
-    its own stages; `decisions.stages` is not read."""
+    """What a rank needs at most beside its layers: the step's batch, rotary tables, the optimizer's chunk, what passes between two of
+    its own stages, and what it has sent; `decisions.stages` is not read."""
     if inputs.training.profile == "megatron":
         return 0
     tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
@@ -321,24 +332,37 @@ def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
         kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
         units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
         chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
-    return 16 * tokens + chunk + (2 * boundary_bytes(inputs, decisions) if decisions.pipeline_parallel > 1 else 0)
+    p = decisions.pipeline_parallel
+    messages = 0 if p == 1 else 2 + (min(p - 1, 2) * decisions.num_virtual_stages if decisions.schedule in IN_TURN_SCHEDULES else 0)
+    return 16 * tokens + rope_bytes(inputs, decisions) + chunk + messages * boundary_bytes(inputs, decisions)
 
 
-def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) -> Peak:
+def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int, decisions: Decisions) -> Peak:
     """The moment when a rank's activations and buffers are largest, over its compute actions in order.
 
-    A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs;
-    what is sent to another rank is let go when it has arrived, for which no time is counted.
+    A received activation is among what its stage keeps; what a stage hands to its neighbour on the same rank lives until that runs.
+    Where messages go in turn, a stage keeps the last that it has sent in each direction; elsewhere a message is let go
+    when it has arrived, for which no time is counted.
     """
     live = 0
     best = Peak(0, 0)
+    in_turn, last = decisions.schedule in IN_TURN_SCHEDULES, decisions.num_stages - 1
+    sent: set[tuple[str, int]] = set()
+
+    def hand_on(direction: str, index: int, to: int) -> int:
+        """Bytes that stay live from now on because stage `index` has made something for stage `to`."""
+        if not 0 <= to <= last or (to not in stages and (not in_turn or (direction, index) in sent)):
+            return 0
+        sent.add((direction, index))
+        return boundary
+
     for kind, index, _ in actions:
         stage = stages[index]
         if kind == "F":
             if index > 0 and index - 1 in stages:
                 live -= boundary
             best = _larger(best, stage.forward, live)
-            live += stage.kept + (boundary if index + 1 in stages else 0)
+            live += stage.kept + hand_on("F", index, index + 1)
         elif kind == "W":
             live -= stage.deferred
             best = _larger(best, stage.weights, live)
@@ -347,7 +371,7 @@ def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int) ->
                 live -= boundary
             live -= stage.kept
             best = _larger(best, stage.backward, live)
-            live += (stage.deferred if kind == "I" else 0) + (boundary if index > 0 and index - 1 in stages else 0)
+            live += (stage.deferred if kind == "I" else 0) + hand_on("B", index, index - 1)
     return best
 
 

@@ -12,7 +12,8 @@ An action is `(kind, stage, microbatch)`:
 | W | backward, gradients of the weights only | OPTIMIZER | the optimizer's step on a rank (stage -1) |
 
 A receive stands right before the compute that needs it, a send right after the compute that made it; sends don't
-block. With these rules any order whose dependencies have no cycle runs without deadlock.
+block. With these rules any order whose dependencies have no cycle runs without deadlock. In IN_TURN_SCHEDULES a send may
+wait for the one before it, which bounds the messages that are under way.
 
 Sources: GPipe, Huang et al. 2019 (arXiv 1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv 2104.04473,
 section 2.2); split backward and ZB-H1's delayed weight gradients, Qi et al. 2023 (arXiv 2401.10241); the V-shaped
@@ -28,6 +29,10 @@ from typing import NamedTuple
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, stage_ranks
 
 COMPUTE_KINDS = frozenset("FBIW")
+IN_TURN_SCHEDULES = frozenset({"Naive", "GPipe", "1F1B", "ZBVZeroBubble"})
+"""Schedules in which a message may wait until its receiver has begun to wait for, or has taken, the one before it of the same stage and
+direction: no rank can then wait for itself, and with passes of fixed length none ends later. Interleaved ones can't: a stage's messages
+would wait for those of another."""
 
 
 class Action(NamedTuple):

@@ -81,7 +81,7 @@ def test_prediction_is_the_traced_peak(plan: Plan) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, phases=UNSHRUNK, suppress_health_check=SUPPRESSED)
+@settings(max_examples=200, deadline=None, phases=UNSHRUNK, suppress_health_check=SUPPRESSED)
 @given(plan=plans())
 def test_prediction_is_the_traced_peak_on_many(plan: Plan) -> None:
     compare(plan)

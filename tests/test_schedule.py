@@ -1,10 +1,11 @@
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from planner.errors import InputError
 from planner.plan import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, check_schedule, stage_ranks
-from planner.schedule import Action, actions, compute_actions, num_in_flight
+from planner.schedule import COMPUTE_KINDS, IN_TURN_SCHEDULES, Action, Actions, actions, compute_actions, num_in_flight
 from planner.timeline import DeadlockError, bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, simulate
 
 VIRTUAL = {"Interleaved1F1B": (2, 3), "InterleavedZeroBubble": (2, 3), "ZBVZeroBubble": (2,)}
@@ -121,3 +122,55 @@ def test_replicas_that_start_apart_keep_their_own_bubble() -> None:
     both = Timeline(source="measured", events=one.events + late)
     assert bubble_fraction(both) > 0.8
     assert bubble_fraction(both, {0: "a", 1: "a", 2: "b", 3: "b"}) == pytest.approx(bubble_fraction(one))
+
+
+def walked_in_turn(lists: tuple[Actions, ...], seconds: Callable[[str, int], float], in_turn: bool) -> float:
+    """Seconds of a step in which a message waits until the receiver has begun to wait for the one before it on its channel."""
+    clocks, positions = [0.0] * len(lists), [0] * len(lists)
+    sent: dict[tuple[str, int, int], float] = {}
+    awaited: dict[tuple[str, int, int], float] = {}
+    before: dict[tuple[str, int], tuple[str, int, int]] = {}
+    ends: dict[tuple[str, int, int], float] = {}
+
+    def act(rank: int, kind: str, stage: int, microbatch: int) -> bool:
+        if kind in COMPUTE_KINDS:
+            step = {"F": -1, "I": 1, "B": 1}.get(kind)
+            ready = ends.get((kind, stage + step, microbatch), 0.0) if step else 0.0
+            clocks[rank] = ends[kind, stage, microbatch] = max(clocks[rank], ready) + seconds(kind, stage)
+        elif kind.startswith("RECV"):
+            message = (kind[-1], stage, microbatch)
+            awaited.setdefault(message, clocks[rank])
+            if message not in sent:
+                return False
+            clocks[rank] = max(clocks[rank], sent[message])
+        elif kind.startswith("SEND"):
+            last = before.get((kind[-1], stage))
+            if in_turn and last is not None:
+                if last not in awaited:
+                    return False
+                clocks[rank] = max(clocks[rank], awaited[last])
+            message = (kind[-1], stage + (1 if kind == "SEND_F" else -1), microbatch)
+            before[kind[-1], stage] = message
+            sent[message] = clocks[rank]
+        return True
+
+    while any(position < len(order) for position, order in zip(positions, lists, strict=True)):
+        start = list(positions)
+        for rank, order in enumerate(lists):
+            while positions[rank] < len(order) and act(rank, *order[positions[rank]]):
+                positions[rank] += 1
+        assert positions != start, "the ranks wait for each other"
+    return max(clocks)
+
+
+@pytest.mark.parametrize("schedule", sorted(IN_TURN_SCHEDULES))
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 24])
+def test_messages_in_turn_neither_block_nor_delay(schedule: str, p: int, m: int) -> None:
+    lists = actions(schedule, p, 2 if schedule == "ZBVZeroBubble" else 1, m)
+    for share in (0.0, 0.3, 0.6):  # stages differ by up to that share, in no order
+
+        def seconds(kind: str, stage: int, share: float = share) -> float:
+            return (2.0 if kind == "B" else 1.0) * (1.0 + share * (stage * 5 % 7) / 6)
+
+        assert walked_in_turn(lists, seconds, True) == pytest.approx(walked_in_turn(lists, seconds, False), rel=1e-12)
