@@ -44,7 +44,7 @@ def make_plan(
 
 def run_plan(plan: Plan, steps: int, *extra: str, launcher: Sequence[str] = (), timeout: float = 300.0) -> tuple[Run, Timeline | None]:
     """Runs a plan on this machine by torchrun (started through `launcher`), one thread a process."""
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": _path()}
     with tempfile.TemporaryDirectory() as folder:
         plan_file, run_file = Path(folder) / "plan.json", Path(folder) / "run.json"
         plan_file.write_text(dumps(plan), encoding="utf-8")
@@ -60,6 +60,10 @@ def run_plan(plan: Plan, steps: int, *extra: str, launcher: Sequence[str] = (), 
             raise RuntimeError(f"the run failed ({done.returncode}):\n{done.stderr[-2000:]}")
         run = load_run(run_file)
         return run, load_actions(run_file, run)
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -98,7 +102,7 @@ def run_plans(
 
     `launcher` starts torchrun's arguments somewhere else, as `scripts/two-hosts exec` does; by default on this machine.
     """
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": _path(), "PYTHON": sys.executable}
     world_size = plans[0].decisions.world_size
     with tempfile.TemporaryDirectory() as folder:
         plans_file, result_file = Path(folder) / "plans.json", Path(folder) / "result.json"

@@ -1,14 +1,22 @@
-"""Was the planner right? `python benchmarks/regret.py [--bench one|fast|slow ...] [-o NAME] [--plot FILE.html]`.
+"""Was the planner right? `python benchmarks/regret.py [--bench NAME ...] [--model NAME ...] [-o NAME] [--plot FILE.html]`.
 
-For each bench (one host; two hosts with a fast link; two hosts with a slow link, by `scripts/two-hosts`, which needs root)
-the machine is calibrated once, and then for each of three models *every* feasible plan of a small space is run on 4 ranks:
-all degrees, both orders of the axes where they differ between hosts, two micro-batch sizes, ZeRO 0, 1 and 3. Reported are
+| bench | hosts | ranks | link between the hosts |
+| --- | --- | --- | --- |
+| one | 1 | 2 | |
+| fast, slow | 2, in network namespaces (`scripts/two-hosts`, needs root) | 2 | as fast as the machine makes it; 200 Mbit/s |
+| fast-4, slow-4 | 2 | 4, two on the one core of each host | the same |
+
+For each bench the machine is calibrated once, and then for each of three models *every* feasible plan of a small space is run, 16
+sequences a step. The space of 2 ranks: all degrees; micro-batches of 1, 2 and 4; ZeRO 0, 1 and 3; with and without sequence parallelism;
+1F1B and interleaved 1F1B. Of 4 ranks: all degrees; every placement on the hosts; micro-batches of 2 and 4; ZeRO 0, 1 and 3 (3 without a
+pipeline); 1F1B. Reported are
 
     regret     measured time of the plan with the least predicted time, over the least measured time, minus 1;
                beside it the same of what `plan solve` chooses in this space, which may cut the layers unevenly
     Spearman   the rank correlation of predicted and measured times
+    spread     the median over plans of half the range of a plan's two rounds over their mean: what the machine itself does
 
-and on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
+and with 4 ranks on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,14 +48,29 @@ from planner.plan import Decisions, Inputs, Plan, Training, check, digest, repla
 from planner.search import search
 from planner.timing import predict_time
 
-RANKS = 4
 BATCH = 16
-RATES = {"fast": "none", "slow": "200mbit"}
-TITLES = {"one": "one host", "fast": "two hosts, fast link", "slow": "two hosts, slow link (200 Mbit/s)"}
+
+
+class Bench(NamedTuple):
+    title: str
+    num_hosts: int
+    num_ranks: int
+    rate: str | None = None
+    """Of the link between the hosts, as `tc` wants it; None as fast as it is."""
+
+
+BENCHES = {
+    "one": Bench("one host", 1, 2),
+    "fast": Bench("two hosts, fast link", 2, 2),
+    "slow": Bench("two hosts, 200 Mbit/s", 2, 2, "200mbit"),
+    "fast-4": Bench("two hosts of 2 ranks, fast link", 2, 4),
+    "slow-4": Bench("two hosts of 2 ranks, 200 Mbit/s", 2, 4, "200mbit"),
+}
 
 
 class Case(NamedTuple):
-    bench: str
+    name: str
+    bench: Bench
     model: ModelSpec
     sequence_length: int
 
@@ -62,21 +85,28 @@ def models() -> list[tuple[ModelSpec, int]]:
     ]
 
 
+def space(num_ranks: int) -> Iterator[dict[str, Any]]:
+    """Every combination of decisions, feasible or not, as keywords of `make_plan`, and the order of the axes."""
+    degrees = [(tp, pp, num_ranks // tp // pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if num_ranks % (tp * pp) == 0 and tp * pp <= num_ranks]
+    small = num_ranks == 2
+    orders = [("tp", "dp", "pp")] if small else [("tp", "dp", "pp"), ("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")]
+    for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (1, 2, 4) if small else (2, 4), (0, 1, 3), orders):
+        if BATCH % (dp * micro) or (zero and dp == 1) or (zero == 3 and pp > 1):
+            continue
+        for virtual, sequence in itertools.product((1, 2) if small and pp > 1 else (1,), (False, True) if small and tp > 1 else (False,)):
+            yield {
+                "tp": tp, "pp": pp, "dp": dp, "micro_batch_size": micro, "num_microbatches": BATCH // dp // micro, "zero": zero, "virtual": virtual,
+                "schedule": "1F1B" if virtual == 1 else "Interleaved1F1B", "sequence_parallel": sequence, "order": order,
+            }  # fmt: skip
+
+
 def feasible(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> list[Plan]:
     """Every plan of the space that keeps the rules."""
     found: dict[str, Plan] = {}
-    orders = [("tp", "dp", "pp")]
-    if cluster.gpus_per_node < RANKS:
-        orders += [("dp", "tp", "pp"), ("pp", "tp", "dp"), ("pp", "dp", "tp")]
-    degrees = [(tp, pp, RANKS // tp // pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if RANKS % (tp * pp) == 0]
-    for (tp, pp, dp), micro, zero, order in itertools.product(degrees, (2, 4), (0, 1, 3), orders):
-        if BATCH % (dp * micro) or (zero and dp == 1) or (zero == 3 and pp > 1):
-            continue
+    for choice in space(cluster.num_gpus):
+        order = choice.pop("order")
         try:
-            plan = make_plan(
-                model, cluster, tp=tp, pp=pp, dp=dp, micro_batch_size=micro, num_microbatches=BATCH // dp // micro,
-                sequence_length=sequence_length, zero=zero,
-            )  # fmt: skip
+            plan = make_plan(model, cluster, sequence_length=sequence_length, **choice)
             decisions = replace(plan.decisions, rank_order=order)
             check(plan.inputs, decisions)
         except InputError:
@@ -90,13 +120,17 @@ def _layout(decisions: Decisions) -> str:
     """What tells two plans apart: an axis of size 1 has no place."""
     sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
     order = [axis for axis in decisions.rank_order if sizes[axis] > 1]
-    return digest([sizes, order, decisions.zero_stage, decisions.micro_batch_size])
+    kind = [decisions.zero_stage, decisions.micro_batch_size, decisions.num_virtual_stages, decisions.sequence_parallel]
+    return digest([sizes, order, kind])
 
 
 def label(decisions: Decisions) -> str:
     sizes = {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}
     order = " ".join(f"{axis}{sizes[axis]}" for axis in decisions.rank_order if sizes[axis] > 1)
-    return f"{order} b{decisions.micro_batch_size}" + (f" ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "")
+    more = f" ZeRO-{decisions.zero_stage}" if decisions.zero_stage else ""
+    more += " sequence parallel" if decisions.sequence_parallel else ""
+    more += f" {decisions.num_virtual_stages} stages a rank" if decisions.num_virtual_stages > 1 else ""
+    return f"{order} b{decisions.micro_batch_size}{more}"
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
@@ -111,33 +145,38 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     return statistics.correlation(ranks(left), ranks(right))
 
 
-def calibrate(bench: str) -> ClusterSpec:
+def calibrate(bench: Bench) -> ClusterSpec:
     """The bench's cluster, as `plan calibrate` writes it."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cluster.json")
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
-        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", str(RANKS), "--output", path]
-        if bench != "one":
-            command = [*hosts("exec"), "--nproc-per-node", str(RANKS // 2), "-m", "executor.calibrate", "--output", path]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": _path(), "PYTHON": sys.executable}
+        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", str(bench.num_ranks), "--output", path]
+        if bench.num_hosts > 1:
+            command = [*hosts("exec"), "--nproc-per-node", str(bench.num_ranks // bench.num_hosts), "-m", "executor.calibrate", "--output", path]
         subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=600)
         return load_cluster(path)
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def hosts(*arguments: str) -> list[str]:
     return [str(ROOT / "scripts" / "two-hosts"), *arguments]
 
 
-def run_bench(bench: str, steps: int, rounds: int) -> list[dict[str, Any]]:
+def run_bench(name: str, wanted: Sequence[tuple[ModelSpec, int]], steps: int, rounds: int) -> Iterator[dict[str, Any]]:
     """All cases of a bench."""
+    bench = BENCHES[name]
     environment = {**os.environ, "PYTHON": sys.executable}
-    if bench != "one":
-        rate = RATES[bench]
-        subprocess.run(hosts("up", *(("--rate", rate) if rate != "none" else ())), env=environment, check=True)
+    if bench.num_hosts > 1:
+        subprocess.run(hosts("up", *(("--rate", bench.rate) if bench.rate else ())), env=environment, check=True)
     try:
         cluster = calibrate(bench)
-        return [run_case(Case(bench, model, length), cluster, steps, rounds) for model, length in models()]
+        for model, length in wanted:
+            yield run_case(Case(name, bench, model, length), cluster, steps, rounds)
     finally:
-        if bench != "one":
+        if bench.num_hosts > 1:
             subprocess.run(hosts("down"), env=environment, check=False)
 
 
@@ -145,9 +184,13 @@ def solved(model: ModelSpec, sequence_length: int, cluster: ClusterSpec) -> Plan
     """What `plan solve` chooses in the same space."""
     training = Training(global_batch_size=BATCH, sequence_length=sequence_length, precision="fp32")
     inputs = Inputs(model=model, cluster=cluster, training=training)
-    forbidden = (*(("micro_batch_size", size) for size in (1, 8, 16)), ("zero_stage", 2))
-    fixed = Fixed(schedule="1F1B", recompute="none", sequence_parallel=False)
-    return search(inputs, Constraints(fixed=fixed, forbidden=forbidden, time_limit_seconds=60))
+    small = cluster.num_gpus == 2
+    sizes = (8, 16) if small else (1, 8, 16)
+    schedules = ("Naive", "GPipe", "InterleavedZeroBubble", "ZBVZeroBubble")
+    forbidden: list[tuple[str, object]] = [("zero_stage", 2), *(("micro_batch_size", size) for size in sizes)]
+    forbidden += [("schedule", name) for name in schedules] + [("num_virtual_stages", count) for count in range(3, 9)]
+    fixed = Fixed(recompute="none") if small else Fixed(schedule="1F1B", recompute="none", sequence_parallel=False)
+    return search(inputs, Constraints(fixed=fixed, forbidden=tuple(forbidden), time_limit_seconds=60))
 
 
 def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[str, Any]:
@@ -155,8 +198,9 @@ def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[
     plans = feasible(case.model, case.sequence_length, cluster)
     predicted = [predict_time(plan.inputs, plan.decisions).time.step_seconds or 0.0 for plan in plans]
     choice = solved(case.model, case.sequence_length, cluster)
-    results = run_plans([*plans, choice], steps=steps, rounds=rounds, launcher=() if case.bench == "one" else hosts("exec"))
+    results = run_plans([*plans, choice], steps=steps, rounds=rounds, launcher=() if case.bench.num_hosts == 1 else hosts("exec"))
     *measured, of_choice = [statistics.median(result["seconds"]) for result in results]
+    spread = statistics.median(_spread(result["seconds"], rounds) for result in results)
     rows = [
         {"plan": label(plan.decisions), "predicted_seconds": p, "measured_seconds": m, "tensor_parallel_inside": _inside(plan)}
         for plan, p, m in zip(plans, predicted, measured, strict=True)
@@ -164,7 +208,7 @@ def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[
     chosen = min(range(len(rows)), key=predicted.__getitem__)
     best = min(range(len(rows)), key=measured.__getitem__)
     row: dict[str, Any] = {
-        "bench": case.bench,
+        "bench": case.name,
         "model": case.model.name,
         "num_plans": len(plans),
         "chosen": rows[chosen]["plan"],
@@ -176,17 +220,25 @@ def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[
         "solved_regret": of_choice / measured[best] - 1.0,
         "spearman": spearman(predicted, measured),
         "mean_error": statistics.fmean(abs(p / m - 1.0) for p, m in zip(predicted, measured, strict=True)),
+        "spread": spread,
         "placement": _placement(rows),
         "rows": sorted(rows, key=lambda item: item["measured_seconds"]),
     }
-    sys.stderr.write(f"{TITLES[case.bench]}, {case.model.name}: regret {100 * row['regret']:.1f} %, Spearman {row['spearman']:.3f}\n")
+    sys.stderr.write(f"{case.bench.title}, {case.model.name}: regret {100 * row['regret']:.1f} %, Spearman {row['spearman']:.3f}\n")
     return row
+
+
+def _spread(seconds: Sequence[float], rounds: int) -> float:
+    """Half of the difference between the slowest and the quickest round's median, over their mean."""
+    size = len(seconds) // rounds
+    medians = [statistics.median(seconds[index * size : (index + 1) * size]) for index in range(rounds)]
+    return (max(medians) - min(medians)) / 2 / statistics.fmean(medians)
 
 
 def _inside(plan: Plan) -> bool | None:
     """Whether the tensor-parallel groups stay inside a host; None without tensor parallelism or with a single host."""
     cluster, decisions = plan.inputs.cluster, plan.decisions
-    if decisions.tensor_parallel == 1 or cluster.gpus_per_node >= RANKS:
+    if decisions.tensor_parallel == 1 or cluster.gpus_per_node in (1, cluster.num_gpus):
         return None
     return axis_group(cluster, decisions, "tp").nodes == 1
 
@@ -205,23 +257,26 @@ def _placement(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
 
 
 def text_of(cases: Sequence[dict[str, Any]]) -> str:
-    header = ("bench", "model", "plans", "chosen", "best", "regret %", "plan solve", "regret %", "Spearman", "mean error %")
+    header = ("bench", "model", "plans", "chosen", "best", "regret %", "plan solve", "regret %", "Spearman", "mean error %", "spread %")
     cells = [
-        (TITLES[case["bench"]], case["model"], case["num_plans"], case["chosen"], case["best"], f"{100 * case['regret']:.1f}",
-         case["solved"], f"{100 * case['solved_regret']:.1f}", f"{case['spearman']:.3f}", f"{100 * case['mean_error']:.1f}")
+        (BENCHES[case["bench"]].title, case["model"], case["num_plans"], case["chosen"], case["best"], f"{100 * case['regret']:.1f}",
+         case["solved"], f"{100 * case['solved_regret']:.1f}", f"{case['spearman']:.3f}", f"{100 * case['mean_error']:.1f}",
+         f"{100 * case['spread']:.1f}")
         for case in cases
     ]  # fmt: skip
-    text = f"Regret of the planner's choice, every plan run, {datetime.date.today()}, {processor()}\n\n" + table(header, cells) + "\n"
+    text = f"Regret of the planner's choice, every plan run, {datetime.date.today()}, {processor()}\n\n" + table(header, cells)
+    good = sum(case["regret"] <= 0.05 and case["spearman"] >= 0.9 for case in cases)
+    text += f"\nregret at most 5 % and Spearman at least 0.9: {good} of {len(cases)}\n\n"
     for case in cases:
         place = case["placement"]
         if place:
             text += (
-                f"{TITLES[case['bench']]}, {case['model']}: tensor parallelism inside a host {1e3 * place['measured_inside']:.0f} ms "
+                f"{BENCHES[case['bench']].title}, {case['model']}: tensor parallelism inside a host {1e3 * place['measured_inside']:.0f} ms "
                 f"(predicted {1e3 * place['predicted_inside']:.0f}), across {1e3 * place['measured_across']:.0f} ms "
                 f"(predicted {1e3 * place['predicted_across']:.0f})\n"
             )
     for case in cases:
-        text += f"\n{TITLES[case['bench']]}, {case['model']}\n"
+        text += f"\n{BENCHES[case['bench']].title}, {case['model']}\n"
         text += table(
             ("plan", "predicted ms", "measured ms"),
             [(row["plan"], f"{1e3 * row['predicted_seconds']:.1f}", f"{1e3 * row['measured_seconds']:.1f}") for row in case["rows"]],
@@ -237,7 +292,7 @@ def plot(cases: Sequence[dict[str, Any]]) -> str:
     for case in cases:
         figure.add_scatter(
             x=[1e3 * row["predicted_seconds"] for row in case["rows"]], y=[1e3 * row["measured_seconds"] for row in case["rows"]],
-            text=[row["plan"] for row in case["rows"]], mode="markers", name=f"{TITLES[case['bench']]}, {case['model']}",
+            text=[row["plan"] for row in case["rows"]], mode="markers", name=f"{BENCHES[case['bench']].title}, {case['model']}",
         )  # fmt: skip
     times = [1e3 * row[key] for case in cases for row in case["rows"] for key in ("predicted_seconds", "measured_seconds")]
     ends = [min(times), max(times)]
@@ -251,21 +306,25 @@ def plot(cases: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", choices=("one", "fast", "slow"), action="append", help="default: all three")
+    parser.add_argument("--bench", choices=tuple(BENCHES), action="append", help="default: all of them")
+    parser.add_argument("--model", choices=[model.name for model, _ in models()], action="append", help="default: all three")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-regret)")
     parser.add_argument("--plot", metavar="FILE", help="where the scatter goes")
     options = parser.parse_args()
-    benches = options.bench or ["one", "fast", "slow"]
-    if any(bench != "one" for bench in benches):
+    benches = options.bench or list(BENCHES)
+    wanted = [(model, length) for model, length in models() if not options.model or model.name in options.model]
+    if any(BENCHES[bench].num_hosts > 1 for bench in benches):
         checked = subprocess.run(hosts("check"), capture_output=True, text=True, check=False)
         if checked.returncode:
             raise MeshwrightError(checked.stderr.strip())
-    cases = [case for bench in benches for case in run_bench(bench, options.steps, options.rounds)]
-    text = text_of(cases)
-    sys.stdout.write(text)
-    write_results(options.output or f"{datetime.date.today()}-regret", text, cases)
+    cases: list[dict[str, Any]] = []
+    for bench in benches:
+        for case in run_bench(bench, wanted, options.steps, options.rounds):
+            cases.append(case)
+            write_results(options.output or f"{datetime.date.today()}-regret", text_of(cases), cases)
+    sys.stdout.write(text_of(cases))
     if options.plot:
         Path(options.plot).write_text(plot(cases), encoding="utf-8")
     return 0

@@ -74,7 +74,8 @@ def predicted(plan: Plan, cluster: ClusterSpec | None = None) -> float:
 def calibrated() -> ClusterSpec:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cluster.json")
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+        path_of = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path_of}
         command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", "2", "--output", path]
         subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
         return load_cluster(path)

@@ -311,8 +311,8 @@ def _passes(cluster: ClusterSpec, point: StepPoint, *, silent: bool = True) -> t
 
 
 def _undisturbed(points: Iterable[StepPoint]) -> list[StepPoint]:
-    """Those without collectives in the passes."""
-    return [point for point in points if point.decisions.tensor_parallel == 1 and point.decisions.zero_stage < 3]
+    """Those whose passes have no collectives in them, and whose ranks all compute all the time."""
+    return [point for point in points if point.decisions.data_parallel == point.decisions.world_size and point.decisions.zero_stage < 3]
 
 
 def _fit_passes(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
