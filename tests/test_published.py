@@ -12,8 +12,9 @@ from planner import documents
 from planner.accuracy import accuracy
 from planner.errors import InputError
 from planner.published import Validation, kendall, load_rows, predict_row, published_rows, spearman, validate
-from planner.rows import GPU_PRESETS, PROGRAMS, NotExpressible, case_of, measured_of
-from planner.rows import _link_bytes_per_second as link
+from planner.row_machines import GPU_PRESETS, PROGRAMS
+from planner.row_machines import link_bytes_per_second as link
+from planner.rows import NotExpressible, case_of, measured_of
 from planner.software import presets as programs
 
 
