@@ -22,7 +22,7 @@ from planner.layer_time import (
     timed_layer,
     transfer_seconds,
 )
-from planner.memory import boundary_bytes, fixed_bytes, layer_needs, layer_states
+from planner.memory import boundary_bytes, fixed_bytes, layer_needs
 from planner.model import ModelSpec
 from planner.moments import memory_moments
 from planner.network import axis_stride
@@ -41,6 +41,7 @@ from planner.plan import (
     stage_blocks,
     stage_ranks,
 )
+from planner.states import layer_states
 
 Layer = tuple[LayerKind, Recompute]
 ALL_LAYERS: tuple[Layer, ...] = (("embedding", "none"), ("block", "none"), ("block", "selective"), ("block", "full"), ("head", "none"))

@@ -17,13 +17,13 @@ from planner.cluster import ClusterSpec
 from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.critical_path import graph
 from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, slowest_node_factor
-from planner.memory import StateBytes, state_bytes
 from planner.moments import memory_moments
 from planner.network import all_gather_seconds, all_reduce_seconds, axis_group, axis_stride, message_seconds, reduce_scatter_seconds
 from planner.pipeline import Counts, Edge, Option, Piece, Pipeline, Run, moment_bytes, stage_loads, stage_seconds
 from planner.plan import Decisions, Memory, PipelineRankPrediction, Predictions, Stage, Time, stage_ranks
 from planner.schedule import Action, compute_actions, num_in_flight, plan_actions
 from planner.software import load_software
+from planner.states import StateBytes, state_bytes
 from planner.timeline import Timeline, bubble_fraction, simulate
 from planner.traced import LayerCost, Operation, at
 

@@ -7,8 +7,8 @@ import math
 from planner.cluster import ClusterSpec
 from planner.documents import Document
 from planner.estimate import SCHEMA
-from planner.memory import state_bytes
 from planner.plan import Decisions, Memory, PipelineRankPrediction, Time, Training
+from planner.states import state_bytes
 from planner.traced import TracedModel, at
 
 

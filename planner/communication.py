@@ -7,8 +7,9 @@ are left out. Symbols as in `planner.model`; e is the bytes of an activation ele
 
 from __future__ import annotations
 
-from planner.memory import boundary_bytes, element_bytes, local_parameters, state_bytes
+from planner.memory import boundary_bytes
 from planner.plan import Decisions, Inputs, Stage, block_levels, has_embedding, has_head
+from planner.states import element_bytes, local_parameters, state_bytes
 
 
 def communication_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from planner import graph
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
 from planner.economics import MFU_IMPLAUSIBLE, run_cost
-from planner.memory import in_flight, layer_bytes, predict_memory, state_bytes
+from planner.memory import in_flight, layer_bytes, predict_memory
 from planner.model import ModelSpec
 from planner.plan import (
     Decisions,
@@ -21,6 +21,7 @@ from planner.plan import (
     Training,
     replace,
 )
+from planner.states import state_bytes
 from planner.timing import predict_time
 
 SCHEMA = "meshwright.estimate/1"

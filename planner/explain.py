@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.graph import LayerKind
-from planner.memory import (
-    batch_bytes,
-    in_flight,
-    layer_needs,
-    local_parameters,
-    predict_memory,
-    state_bytes,
-)
+from planner.memory import batch_bytes, in_flight, layer_needs, predict_memory
 from planner.plan import Decisions, Inputs, Recompute, block_levels, has_embedding, has_head
 from planner.shapes import Shape, shape_of
+from planner.states import local_parameters, state_bytes
 
 
 class Term(NamedTuple):

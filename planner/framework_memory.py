@@ -21,9 +21,10 @@ from typing import Literal, NamedTuple
 from planner.documents import Document, convert
 from planner.graph import LayerKind
 from planner.megatron_memory import BlockTerms, block_terms
-from planner.memory import ends_apart, in_flight, layer_units
+from planner.memory import in_flight
 from planner.model import ModelSpec
 from planner.plan import Decisions, Inputs, Memory, Recompute, Stage, block_levels, has_embedding, has_head, make_stages, replace
+from planner.states import ends_apart, layer_units
 
 MemoryKind = Literal["allocated", "reserved", "device"]
 

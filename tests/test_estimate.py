@@ -4,9 +4,10 @@ from planner.cluster import load_cluster
 from planner.defaults import Fixed, complete, repairs, shortage
 from planner.errors import InputError
 from planner.estimate import fits, memory_wall, offload_rows, predict
-from planner.memory import layer_bytes, local_parameters, predict_memory, state_bytes
+from planner.memory import layer_bytes, predict_memory
 from planner.model import load_model, presets
 from planner.plan import Decisions, Inputs, Training, even_stages
+from planner.states import local_parameters, state_bytes
 
 GB = 1e9
 GIB = 2**30
