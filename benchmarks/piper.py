@@ -3,46 +3,63 @@
     python benchmarks/piper.py FOLDER [NAME ...]
 
 FOLDER holds `*.instance.json` in the format of Piper (Tarnawski et al. 2021, arXiv 2106.08295). A plan gives every one of S
-stages the same t devices per replica and d replicas. Stage i takes c_i seconds per sample and keeps y_i = S - i samples in
-flight, its layers are vanilla or recomputed. Piper minimises max c_i; with the pipeline's flush a sample takes
+stages the same t devices per replica and d replicas. Stage i takes C_i seconds for a sample and keeps S - i samples in
+flight; its layers are vanilla or recomputed, and it pays for every edge that crosses its border. Piper minimises
+max C_i / d; with the pipeline's flush a batch of N samples takes, with m = N / d for each replica,
 
-    max c_i + (Σ d c_i - d max c_i) / N        with N samples in the batch,
+    Σ C_i + (m - 1) max C_i
 
-which is minimised here. For a ceiling b on max c_i, the least Σ c_i is a shortest path over the cuts, with the least
-recomputation that fits each segment. Lowering b below the best max found, step by step, visits every trade of the two;
-a candidate (t, S, d) is left out when its least compute alone, evenly cut, takes longer than the best plan.
+which is minimised here: it is the step of `planner.solver`'s program for stages in a flow shop, that is GPipe with all
+seconds in the forward pass. For each candidate (t, S, d) the planner's chain code bounds it, gives a first plan, and hands
+it to the integer program, which is asked for something faster than the best known. Edges of Piper's graphs that jump over
+layers (the attention mask) are edges of the program; where a branch could be cut does not follow from articulation edges.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+import heapq
 import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
-class Layer(NamedTuple):
-    """One node, in the order of the chain. Seconds per sample, bytes; (vanilla, recomputed)."""
-
-    seconds: tuple[float, float]
-    per_sample: tuple[float, float]
-    fixed: tuple[float, float]
-    parameters: float
+from planner.chain_bounds import ChainBound
+from planner.critical_path import Key, path_seconds
+from planner.critical_path import Path as LongestPath
+from planner.pipeline import Counts, Edge, Moment, Option, Pipeline, Run, excess_bytes, stage_seconds
+from planner.solver import TOLERANCE, solve_pipeline
 
 
 class Plan(NamedTuple):
     seconds: float
+    """Per sample."""
     tensor: int
     stages: int
     replicas: int
-    cuts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    num_recomputed: int
+
+
+class FlowShop:
+    """The paths of m equal jobs through S machines: once through all, and m - 1 times more on one of them."""
+
+    def __init__(self, stages: int, m: int) -> None:
+        self.paths = tuple(tuple(((("F", i), m if i == j else 1)) for i in range(stages)) for j in range(stages))
+
+    def rank_paths(self) -> tuple[LongestPath, ...]:
+        return self.paths
+
+    def critical_paths(self, seconds: Mapping[Key, float]) -> tuple[float, tuple[LongestPath, ...]]:
+        longest = max(self.paths, key=lambda path: path_seconds(path, seconds))
+        return path_seconds(longest, seconds), (longest,)
 
 
 class Instance:
-    """A Piper instance with its nodes in topological order, and prefix sums of what a segment needs."""
+    """A Piper instance with its nodes in topological order."""
 
     def __init__(self, path: Path) -> None:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +68,6 @@ class Instance:
         self.nodes = {node["id"]: node for node in data["nodes"]}
         self.edges = [(edge["sourceId"], edge["destId"], edge["communicationCost"]) for edge in data["edges"]]
         self.order = self._topological()
-        self.place = {node: index for index, node in enumerate(self.order)}
         self.degrees = sorted(int(t) for t in self.nodes[self.order[0]]["TMPCs"])
 
     def _topological(self) -> list[int]:
@@ -69,142 +85,120 @@ class Instance:
                         ready.append(target)
         return order
 
-    def layers(self, tensor: int) -> list[Layer]:
-        found = []
-        for node in self.order:
-            kinds: dict[str, Any] = {kind["id"]: kind for kind in self.nodes[node]["TMPCs"][str(tensor)]}
-            a, b = kinds["vanilla"], kinds["activation recomp"]
-            found.append(
-                Layer(
-                    (a["timePerSample"], b["timePerSample"]),
-                    (a["memoryUsageA"], b["memoryUsageA"]),
-                    (a["memoryUsageB"], b["memoryUsageB"]),
-                    a["parameterSize"],
-                )
-            )
-        return found
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def kinds(self, tensor: int) -> list[dict[str, Any]]:
+        return [{kind["id"]: kind for kind in self.nodes[node]["TMPCs"][str(tensor)]} for node in self.order]
 
-    def messages(self, tensor: int) -> list[list[float]]:
-        """Bytes per sample that the segment [i, j) exchanges with the rest: every edge over its border, both ways."""
-        count = len(self.order)
-        found = [[0.0] * (count + 1) for _ in range(count + 1)]
-        kinds = {node: self.nodes[node]["TMPCs"][str(tensor)][0] for node in self.order}
-        crossing = []
+    def least_seconds(self, tensor: int) -> list[float]:
+        return [min(kind["timePerSample"] for kind in kinds.values()) for kinds in self.kinds(tensor)]
+
+    def pipeline(self, tensor: int, stages: int, replicas: int) -> Pipeline:
+        """The candidate as the planner's integer program takes it; seconds of one sample on one stage."""
+        d, runs = replicas, []
+        place = {node: index for index, node in enumerate(self.order)}
+        kinds = self.kinds(tensor)
+        for node, found in zip(self.order, kinds, strict=True):
+            vanilla, again = found["vanilla"], found["activation recomp"]
+            shared = 4 * (d - 1) * vanilla["parameterSize"] / self.samples / self.bandwidth
+            options = []
+            for kind in (vanilla, again) if again["memoryUsageA"] < vanilla["memoryUsageA"] else (vanilla,):
+                # what does not grow with the samples in flight but differs between the two is kept once: `deferred`
+                fixed = kind["memoryUsageB"] - vanilla["memoryUsageB"]
+                options.append(Option(kind["id"], kind["timePerSample"] + shared, 0.0, 0.0, 0.0, kind["memoryUsageA"], deferred=fixed))
+            runs.append(Run(str(node), 1, tuple(options), vanilla["memoryUsageB"]))
+        edges = []
         for source, target, cost in self.edges:
-            entering = 2 * (cost + kinds[target]["syncTimeFw"][str(source)])
-            leaving = 2 * (cost + kinds[source]["syncTimeBw"][str(target)])
-            crossing.append((self.place[source], self.place[target], entering, leaving))
-        for i, j in itertools.combinations(range(count + 1), 2):
-            found[i][j] = sum(
-                (entering if not i <= a < j else 0.0) * (i <= b < j) + (leaving if not i <= b < j else 0.0) * (i <= a < j)
-                for a, b, entering, leaving in crossing
-            )
-        return found
+            a, b = place[source], place[target]
+            entering = 2 * (cost + kinds[b]["vanilla"]["syncTimeFw"][str(source)]) / self.bandwidth
+            leaving = 2 * (cost + kinds[a]["vanilla"]["syncTimeBw"][str(target)]) / self.bandwidth
+            edges.append(Edge(a, b, leaving=leaving, entering=entering))
+        return Pipeline(
+            runs=tuple(runs),
+            ranks=tuple(range(stages)),
+            limits=(float(self.memory),) * stages,
+            moments=tuple(Moment(stage, ((stage, stages - stage, 1),), stage, "F") for stage in range(stages)),
+            kinds="FB",
+            edges=tuple(edges) if stages > 1 else (),
+        )
 
 
-def segment_seconds(instance: Instance, layers: list[Layer], messages: list[list[float]], y: int, replicas: int) -> list[list[float]]:
-    """Seconds per sample of each segment [i, j) with y samples in flight and the least recomputation; infinite where it can't fit.
+class Search:
+    """Candidates by their bounds, the best plan so far, and how many programs it took."""
 
-    Which layers to recompute is a knapsack; taken by seconds per byte, as Piper does, it is optimal up to one layer.
-    """
-    count, d = len(layers), replicas
-    found = [[math.inf] * (count + 1) for _ in range(count)]
-    for i in range(count):
-        seconds = need = parameters = saved_all = 0.0
-        choices: list[tuple[float, float, float]] = []
-        for j in range(i + 1, count + 1):
-            layer = layers[j - 1]
-            seconds += layer.seconds[0]
-            need += layer.per_sample[0] * y + layer.fixed[0]
-            parameters += layer.parameters
-            saved = (layer.per_sample[0] - layer.per_sample[1]) * y + layer.fixed[0] - layer.fixed[1]
-            if saved > 1:
-                choices.append(((layer.seconds[1] - layer.seconds[0]) / saved, saved, layer.seconds[1] - layer.seconds[0]))
-                saved_all += saved
-            if need - saved_all > instance.memory:
+    def __init__(self, path: Path) -> None:
+        self.instance = Instance(path)
+        self.best: Plan | None = None
+        self.solved = self.num_candidates = 0
+        self.bound = math.inf
+
+    @property
+    def goal(self) -> float:
+        return self.best.seconds if self.best else math.inf
+
+    def run(self) -> None:
+        instance, count, samples = self.instance, len(self.instance.order), self.instance.samples
+        queue: list[tuple[float, int, int, int, int]] = []
+        for t in instance.degrees:
+            least = instance.least_seconds(t)
+            total, slowest = sum(least), max(least)
+            for stages in range(1, count + 1):
+                for d in range(1, min(instance.devices // (t * stages), samples // stages) + 1):
+                    if samples % d == 0:
+                        # Σ C >= total, and the largest is at least the mean, and at least the slowest layer
+                        queue.append(((total + (samples // d - 1) * max(total / stages, slowest)) / samples, 0, t, stages, d))
+        self.num_candidates = len(queue)
+        heapq.heapify(queue)
+        while queue:
+            at, level, t, stages, d = heapq.heappop(queue)
+            if at >= self.goal * (1 - TOLERANCE):
+                self.bound = min(self.bound, at)
                 break
-            extra, over = 0.0, need - instance.memory
-            for _, freed, slower in sorted(choices):
-                if over <= 0:
-                    break
-                extra, over = extra + slower, over - freed
-            shared = 4 * (d - 1) * parameters / d / instance.samples
-            found[i][j] = (seconds + extra) / d + (messages[i][j] / d + shared) / instance.bandwidth
-    return found
+            pipeline, m = instance.pipeline(t, stages, d), samples // d
+            walks = ChainBound(pipeline, "GPipe", m)
+            if level == 0:
+                better = walks.bound(self.goal * samples) / samples
+                if better < self.goal * (1 - TOLERANCE):
+                    self.offer(pipeline, walks.balanced(), t, d)
+                    heapq.heappush(queue, (max(at, better), 1, t, stages, d))
+                continue
+            self.solved += 1
+            known = walks.balanced()
+            solution = solve_pipeline(
+                pipeline, FlowShop(stages, m), cutoff=self.goal * samples, lower_bound=at * samples, start=known  # type: ignore[arg-type]
+            )
+            self.offer(pipeline, solution.counts, t, d)
+            self.bound = min(self.bound, solution.bound / samples)
 
-
-def cut(tables: list[list[list[float]]], count: int, ceiling: float) -> tuple[float, float, tuple[int, ...]] | None:
-    """The least Σ c over cuts into stages whose c stay below the ceiling: sum, largest, cuts."""
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, -1)}]
-    for number, table in enumerate(tables):
-        left = len(tables) - number - 1
-        row: dict[int, tuple[float, int]] = {}
-        for i, (total, _) in best[-1].items():
-            for j in range(i + 1, count - left + 1):
-                value = table[i][j]
-                if value < ceiling and (j not in row or total + value < row[j][0]):
-                    row[j] = (total + value, i)
-        best.append(row)
-    if count not in best[-1]:
-        return None
-    cuts = [count]
-    for row in reversed(best[1:]):
-        cuts.append(row[cuts[-1]][1])
-    edges = tuple(reversed(cuts))
-    largest = max(table[i][j] for table, (i, j) in zip(tables, itertools.pairwise(edges), strict=True))
-    return best[-1][count][0], largest, edges
-
-
-def solve(path: Path) -> tuple[Plan | None, int, int]:
-    """The best plan of an instance, the candidates and how many of them were solved."""
-    instance = Instance(path)
-    count, samples = len(instance.order), instance.samples
-    layers = {t: instance.layers(t) for t in instance.degrees}
-    compute = {t: sum(min(layer.seconds) for layer in layers[t]) for t in instance.degrees}
-    candidates = []
-    for t in instance.degrees:
-        slowest = max(min(layer.seconds) for layer in layers[t])
-        for stages in range(1, count + 1):
-            for d in range(1, min(instance.devices // (t * stages), samples // stages) + 1):
-                if samples % d == 0:
-                    # Σ c >= compute/d, and the largest is at least the mean, and at least the slowest layer
-                    largest = max(compute[t] / d / stages, slowest / d)
-                    candidates.append((largest * (1 - d / samples) + compute[t] / samples, t, stages, d))
-    candidates.sort()
-    best: Plan | None = None
-    solved = 0
-    messages: dict[int, list[list[float]]] = {}
-    for bound, t, stages, d in candidates:
-        if best is not None and bound >= best.seconds:
-            break
-        solved += 1
-        if t not in messages:
-            messages[t] = instance.messages(t)
-        tables = [segment_seconds(instance, layers[t], messages[t], stages - number, d) for number in range(stages)]
-        ceiling = math.inf if best is None or d == samples else (best.seconds - compute[t] / samples) / (1 - d / samples)
-        while (found := cut(tables, count, ceiling)) is not None:
-            total, largest, edges = found
-            seconds = largest + d * (total - largest) / samples
-            if best is None or seconds < best.seconds:
-                best = Plan(seconds, t, stages, d, edges)
-            ceiling = largest
-    return best, len(candidates), solved
+    def offer(self, pipeline: Pipeline, counts: Counts | None, tensor: int, replicas: int) -> None:
+        if counts is None or excess_bytes(pipeline, counts)[0] > 1e-6:
+            return
+        stages, samples = pipeline.num_stages, self.instance.samples
+        seconds = FlowShop(stages, samples // replicas).critical_paths(stage_seconds(pipeline, counts))[0] / samples
+        if seconds < self.goal:
+            sizes = tuple(sum(map(sum, rows)) for rows in counts)
+            again = sum(row[1] for rows in counts for row in rows if len(row) > 1)
+            self.best = Plan(seconds, tensor, stages, replicas, sizes, again)
 
 
 def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit("usage: piper.py FOLDER [NAME ...]")
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    print("| instance | s/sample, synchronous | t, S, d | candidates | solved | CPU s |\n| --- | --- | --- | --- | --- | --- |")
+    print("| instance | s/sample, synchronous | bound | t, S, d | recomputed | candidates | programs | CPU s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for path in sorted(folder.glob("*.instance.json")):
         name = path.name.removesuffix(".instance.json")
         if names and name not in names:
             continue
         start = time.process_time()
-        best, candidates, solved = solve(path)
-        took = time.process_time() - start
-        text = f"{best.seconds:.6f} | {best.tensor}, {best.stages}, {best.replicas}" if best else "nothing fits | "
-        print(f"| {name} | {text} | {candidates} | {solved} | {took:.1f} |", flush=True)
+        search = Search(path)
+        search.run()
+        took, best = time.process_time() - start, search.best
+        text = " | nothing fits | | "
+        if best:
+            bound = min(search.bound, best.seconds)
+            text = f"{best.seconds:.6f} | {bound:.6f} | {best.tensor}, {best.stages}, {best.replicas} | {best.num_recomputed}"
+        print(f"| {name} | {text} | {search.num_candidates} | {search.solved} | {took:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

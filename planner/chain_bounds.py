@@ -33,9 +33,9 @@ class _Layer(NamedTuple):
 
 
 class _Relief(NamedTuple):
-    """What a stage saves when a layer is recomputed, per micro-batch in flight, and the seconds that this takes."""
+    """Bytes that a stage frees when a layer is recomputed, and the seconds that this takes."""
 
-    saved: float
+    freed: float
     seconds: float
     layer: int
 
@@ -55,16 +55,24 @@ class ChainBound:
         self.forward = [0.0, *itertools.accumulate(layer.forward for layer in self.layers)]
         self.states = [0.0, *itertools.accumulate(layer.states for layer in self.layers)]
         self.saved = [0.0, *itertools.accumulate(layer.saved for layer in self.layers)]
-        self.relief = []
-        for index, run in enumerate(pipeline.runs):
-            best = min(run.options, key=lambda option: option.forward + option.backward)
-            least = min(run.options, key=lambda option: option.saved)
-            slower = least.forward + least.backward - best.forward - best.backward
-            self.relief.append(_Relief(best.saved - least.saved, slower, index))
-        self.in_flight = [0] * self.p
+        self.in_flight, self.deferred = [0] * self.p, [0] * self.p
         for moment in pipeline.moments:
-            for stage, saved, _ in moment.in_flight:
+            for stage, saved, deferred in moment.in_flight:
                 self.in_flight[stage] = max(self.in_flight[stage], saved)
+                self.deferred[stage] = max(self.deferred[stage], deferred)
+        self.relief: list[list[_Relief]] = []
+        """By stage, the cheapest per byte first."""
+        for flight, deferred in zip(self.in_flight, self.deferred, strict=True):
+            found = []
+            for index, run in enumerate(pipeline.runs):
+                best = min(run.options, key=lambda option: option.forward + option.backward)
+                least = min(run.options, key=lambda option: option.saved)
+                slower = least.forward + least.backward - best.forward - best.backward
+                freed = flight * (best.saved - least.saved) + deferred * (best.deferred - least.deferred)
+                if freed > 0:
+                    found.append(_Relief(freed, slower, index))
+            self.relief.append(sorted(found, key=lambda item: item.seconds / item.freed))
+        self._borders()
         shortest = min((edge.message for edge in pipeline.edges if edge.target == edge.source + 1), default=0.0)
         fixed = pipeline.fixed_seconds
         hops = [
@@ -73,19 +81,61 @@ class ChainBound:
         self.hops = [0.0, *itertools.accumulate(hops)]
         """Seconds of messages to each stage and back, at the least."""
 
+    def _borders(self) -> None:
+        """Seconds that edges add to stages: exactly for a segment (`border`), and at the least whatever the other cuts are."""
+        charged = [edge for edge in self.pipeline.edges if edge.entering or edge.leaving]
+        near = [edge for edge in charged if edge.target == edge.source + 1]
+        complete = len({edge.source for edge in near}) == self.n - 1
+        self.least_entering = min((edge.entering for edge in near), default=0.0) if complete else 0.0
+        self.least_leaving = min((edge.leaving for edge in near), default=0.0) if complete else 0.0
+        far = [edge for edge in charged if edge.target > edge.source + 1]
+        # of a layer on a stage so late that the sender can't be on it
+        self.late = [
+            [0.0, *itertools.accumulate(sum(e.entering for e in far if e.target == layer and e.source < stage) for layer in range(self.n))]
+            for stage in range(self.p)
+        ] if far else []  # fmt: skip
+        self.border: list[list[float]] = []
+        for first in range(self.n) if charged else ():
+            row, inside, outward = [0.0] * (self.n + 1), 0.0, 0.0
+            for end in range(first + 1, self.n + 1):
+                for edge in charged:
+                    if edge.target == end - 1:
+                        inside += edge.entering if edge.source < first else 0.0
+                        outward -= edge.leaving if edge.source >= first else 0.0
+                    outward += edge.leaving if edge.source == end - 1 else 0.0
+                row[end] = inside + outward
+            self.border.append(row)
+
     def stage(self, first: int, end: int, stage: int) -> float:
-        """At least so many seconds for one micro-batch, recomputation included; infinite where it can't fit."""
-        seconds = self.seconds[end] - self.seconds[first]
+        """At least so many seconds for one micro-batch, recomputation included; infinite where it can't fit.
+
+        No more for a segment inside this one: what an edge costs is only counted where it is certain.
+        """
+        return self.seconds[end] - self.seconds[first] + self.charged(first, end, stage) + self.relieved(first, end, stage)
+
+    def charged(self, first: int, end: int, stage: int) -> float:
+        """Seconds that edges add to a stage's forward pass for certain."""
+        seconds = (self.least_entering if stage else 0.0) + (self.least_leaving if stage < self.p - 1 else 0.0)
+        return seconds + (self.late[stage][end] - self.late[stage][first] if self.late else 0.0)
+
+    def segment(self, first: int, end: int, stage: int) -> float:
+        """As `stage`, with all that edges cost."""
+        seconds = self.seconds[end] - self.seconds[first] + (self.border[first][end] if self.border else 0.0)
+        return seconds + self.relieved(first, end, stage)
+
+    def relieved(self, first: int, end: int, stage: int) -> float:
+        """Seconds of the least recomputation that makes a stage fit; infinite where none does."""
+        seconds = 0.0
         flight = self.in_flight[stage]
         over = self.states[end] - self.states[first] + flight * (self.saved[end] - self.saved[first])
         over -= self.pipeline.limits[self.pipeline.ranks[stage]]
         if over <= 0:
             return seconds
-        for item in sorted((self.relief[layer] for layer in range(first, end) if self.relief[layer].saved > 0), key=_price):
-            freed = flight * item.saved
-            if freed >= over:
-                return seconds + item.seconds * over / freed
-            seconds, over = seconds + item.seconds, over - freed
+        for freed, slower, layer in self.relief[stage]:
+            if first <= layer < end:
+                if freed >= over:
+                    return seconds + slower * over / freed
+                seconds, over = seconds + slower, over - freed
         return seconds if over <= 1e-9 * abs(self.pipeline.limits[0]) else math.inf
 
     def longest_stage(self, first: int, stage: int, within: float) -> int:
@@ -103,6 +153,7 @@ class ChainBound:
     def bound(self, goal: float) -> float:
         """Seconds that no cut beats; infinite where no cut fits or reaches `goal`."""
         least = max(self.seconds[-1] + self.hops[-1], self.m * self.seconds[-1] / self.p)
+        self.total = self.seconds[-1] + (self.p - 1) * (self.least_entering + self.least_leaving)
         if self._reaches(least):
             return least
         high = goal
@@ -130,7 +181,7 @@ class ChainBound:
 
     def _in_time(self, first: int, stage: int, step: float, end: int) -> bool:
         """Whether the paths along a stage's rank are no longer than `step`."""
-        taken, m, rest = self.stage(first, end, stage), self.m, step - self.seconds[-1] - self.hops[-1]
+        taken, m, rest = self.stage(first, end, stage), self.m, step - self.total - self.hops[-1]
         if taken == math.inf:
             return False
         if self.schedule == "Naive":
@@ -139,13 +190,13 @@ class ChainBound:
             return False
         if self.schedule == "GPipe":
             return (m - 1) * taken <= rest
-        forward = self.forward[end] - self.forward[first]
+        forward = self.forward[end] - self.forward[first] + self.charged(first, end, stage)
         return (m - 1) * (taken - forward) + max(0, m - self.p + stage) * forward <= rest
 
     def balanced(self) -> Counts | None:
         """Cuts of the least Σ c + (m - 1) max c, by shortest paths under falling ceilings of c; None where none fits."""
         tables = [
-            [[self.stage(i, j, stage) if i < j else math.inf for j in range(self.n + 1)] for i in range(self.n)] for stage in range(self.p)
+            [[self.segment(i, j, stage) if i < j else math.inf for j in range(self.n + 1)] for i in range(self.n)] for stage in range(self.p)
         ]
         ceiling, best, chosen = math.inf, math.inf, None
         while (found := _cut(tables, self.n, ceiling)) is not None:
@@ -163,7 +214,6 @@ class ChainBound:
 
         chosen = [min(range(len(run.options)), key=lambda o, run=run: run.options[o].forward + run.options[o].backward)  # type: ignore[misc]
                   for run in self.pipeline.runs]  # fmt: skip
-        order = sorted((item for item in self.relief if item.saved > 0), key=_price)
         for _ in range(self.n + 1):
             counts = tuple(
                 tuple(
@@ -176,10 +226,10 @@ class ChainBound:
             if over <= 0:
                 return counts
             a, b = edges[moment.stage], edges[moment.stage + 1]
-            fitting = [item for item in order if a <= item.layer < b and chosen[item.layer] != self._least(item.layer)]
+            fitting = [item for item in self.relief[moment.stage] if a <= item.layer < b and chosen[item.layer] != self._least(item.layer)]
             if not fitting:
                 return None
-            enough = [item for item in fitting if item.saved * self.in_flight[moment.stage] >= over]
+            enough = [item for item in fitting if item.freed >= over]
             pick = min(enough, key=lambda item: item.seconds) if enough else fitting[0]
             chosen[pick.layer] = self._least(pick.layer)
         return None
@@ -187,11 +237,6 @@ class ChainBound:
     def _least(self, layer: int) -> int:
         options = self.pipeline.runs[layer].options
         return min(range(len(options)), key=lambda o: options[o].saved)
-
-
-def _price(item: _Relief) -> float:
-    """Seconds per byte."""
-    return item.seconds / item.saved
 
 
 def _cut(tables: list[list[list[float]]], count: int, ceiling: float) -> tuple[float, float, tuple[int, ...]] | None:
