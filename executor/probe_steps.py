@@ -74,13 +74,14 @@ def short_plans(device: str, num_ranks: int, per_node: int) -> list[Short]:
         gpt, llama = variant("tiny-gpt", 1024, 16, 4), variant("tiny-llama", 2048, 16, 4)
         shapes = ((llama, 4, 1024), (gpt, 8, 1024), (gpt, 1, 512))
         return [found for model, batch, length in shapes for found in _short(model, length, "mixed-bf16", batch, 2, dp=num_ranks)]
-    gpt, llama = variant("tiny-gpt", 160, 4, 4), variant("tiny-llama", 192, 8, 3)
+    gpt, llama, small = variant("tiny-gpt", 160, 4, 4), variant("tiny-llama", 192, 8, 3), variant("tiny-gpt", 64, 4, 3)
     n, nodes = num_ranks, num_ranks // per_node
     rows: list[tuple[ModelSpec, int, int, int, dict[str, Any]]] = [
         (gpt, 128, 4, 2, {"dp": n}), (gpt, 128, 1, 4, {"dp": n}), (llama, 64, 4, 2, {"dp": n}), (gpt, 64, 1, 4, {"dp": n}),
     ]  # fmt: skip
     if n > 1:
-        rows += [(llama, 64, 4, 2, {"dp": n, "zero": 3}), (gpt, 128, 4, 2, {"pp": n}), (gpt, 128, 1, 4 * n, {"pp": n, "virtual": 2})]
+        rows += [(llama, 64, 4, 2, {"dp": n, "zero": 3}), (small, 64, 1, 2, {"dp": n, "zero": 3})]
+        rows += [(gpt, 128, 4, 2, {"pp": n}), (gpt, 128, 1, 4 * n, {"pp": n, "virtual": 2})]
         rows += [(gpt, 64, 1, 2, {"tp": n}), (gpt, 128, 4, 2, {"tp": n})] if nodes == 1 else [(gpt, 32, 1, 2, {"tp": n})]
         rows += [(llama, 64, 4, 2, {"tp": n, "sequence": True})] if nodes == 1 else []
     if 1 < per_node < n:

@@ -362,18 +362,23 @@ def _waiting(cluster: ClusterSpec, point: StepPoint) -> list[tuple[float, float]
 
 
 def _fit_waits(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
-    """What collectives cost in a step beyond what they take one right after another."""
+    """What collectives cost in a step beyond what they take one right after another: seconds for each, and where they fill new buffers, by
+    the bytes of those."""
     if not any(_waiting(cluster, point) for point in points):
         return cluster
 
-    def waits(seconds: float) -> ClusterSpec:
-        return replace(cluster, efficiency=replace(cluster.efficiency, wait_seconds=seconds))
+    sharded = any(point.decisions.zero_stage >= 2 for point in points)
+
+    def waits(logs: Sequence[float]) -> ClusterSpec:
+        fresh = math.exp(logs[1]) if sharded else None
+        efficiency = replace(cluster.efficiency, wait_seconds=math.exp(logs[0]), fresh_bandwidth_bytes_per_second=fresh)
+        return replace(cluster, efficiency=efficiency)
 
     def cost(logs: Sequence[float]) -> float:
-        candidate = waits(math.exp(logs[0]))
+        candidate = waits(logs)
         return _squares(expected / seen for point in points for expected, seen in _waiting(candidate, point))
 
-    return waits(math.exp(minimise(cost, [math.log(1e-4)], rounds=100)[0]))
+    return waits(minimise(cost, [math.log(1e-3), math.log(2e9)], rounds=200))
 
 
 def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:

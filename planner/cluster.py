@@ -90,6 +90,9 @@ class Efficiency(Document, frozen=True, kw_only=True):
     wait_seconds: float = 0.0
     """What a collective between pieces of compute costs beyond the same one right after another: waiting for the last rank, waking the
     transport, cold caches afterwards."""
+    fresh_bandwidth_bytes_per_second: float | None = None
+    """At which buffers that are made anew are filled and first read, page faults and cold caches included: the weights that ZeRO-3 gathers,
+    the gradients that ZeRO-2 and 3 make for each micro-batch. Null where that is not counted."""
     receive_seconds: float = 0.0
     """Least time of a receive between pipeline stages, whose message was sent long before: where a message only begins to move when its
     receiver asks for it (gloo), the sender's transport must first get a core."""

@@ -270,6 +270,9 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     # a layer's reduction and the next one's gather follow each other, as do those of the units at the ends
     waits = 1.0 if decisions.zero_stage < 2 else m * (pieces - 0.5 * _num_end_units(decisions)) * (decisions.zero_stage - 1)
     replicated += waits * cluster.efficiency.wait_seconds
+    if cluster.efficiency.fresh_bandwidth_bytes_per_second and decisions.zero_stage >= 2 and program.reduce_each_microbatch:
+        made = m * (gradient_bytes + (2.0 * weight_bytes if decisions.zero_stage == 3 else 0.0))
+        replicated += made / cluster.efficiency.fresh_bandwidth_bytes_per_second
     across = whole_of(all_reduce_seconds, replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
     scatter = whole_of(all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds, shard, gradient_bytes)
     if decisions.zero_stage >= 2 and program.reduce_each_microbatch:
