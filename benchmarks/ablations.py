@@ -95,7 +95,7 @@ ABLATIONS = (
     Ablation("Omni-Path at 65 % of other networks", "100 %", of_preset("inter_node_collective", "point_to_point")),
     Ablation("V100: 95 TFLOP/s, as measured by mli/transformers-benchmarks", "100", efficiency("v100", matmul=100 / 95)),
     Ablation("A100: within the flat optimum of its fit", "matmul + 1 %, memory - 5 %", efficiency("a100", matmul=1.01, memory=0.95)),
-    Ablation("", "matmul - 1 %, memory + 5 %", efficiency("a100", matmul=0.99, memory=1.05)),
+    Ablation("A100: the same", "matmul - 1 %, memory + 5 %", efficiency("a100", matmul=0.99, memory=1.05)),
     Ablation("H100 of 500 W at the cube root of 500/700", "as that of 700 W", efficiency("h100-96gb", matmul=0.615 / 0.55)),
     Ablation("products of 2021 at 97 % of 2022's speed", "100 %", software(("megatron-2021",), matmul_speed=1.0)),
     Ablation("eager kernels move 2 or 3 times the bytes of fused ones", "once",
@@ -132,17 +132,23 @@ def errors(change: Change | None = None) -> Errors:
     )
 
 
-def ablation_table() -> str:
-    """Untouched means without each assumption, and the three groups whose mean absolute error it moves most, in per cent."""
+def ablate() -> list[dict[str, Any]]:
+    """Errors with all assumptions, then without each, as fractions; of the groups, the three whose mean absolute error it moves most."""
     known = errors()
-    rows: list[tuple[str, ...]] = [("all as it is", "", f"{100 * known.mean_abs:.2f}", f"{100 * known.mean:+.2f}", "")]
+    found: list[dict[str, Any]] = [{"assumption": "all as it is", "instead": "", "mean_abs": known.mean_abs, "mean": known.mean, "moved": {}}]
     for ablation in ABLATIONS:
         now = errors(ablation.change)
-        moved = sorted(known.groups, key=lambda group: -abs(now.groups[group] - known.groups[group]))[:3]
-        shown = [
-            f"{group} {100 * known.groups[group]:.1f} -> {100 * now.groups[group]:.1f}"
-            for group in moved
-            if abs(now.groups[group] - known.groups[group]) >= 0.0005
-        ]
-        rows.append((ablation.assumption, ablation.instead, f"{100 * now.mean_abs:.2f}", f"{100 * now.mean:+.2f}", ", ".join(shown)))
+        most = sorted(known.groups, key=lambda group: -abs(now.groups[group] - known.groups[group]))[:3]
+        moved = {group: (known.groups[group], now.groups[group]) for group in most if abs(now.groups[group] - known.groups[group]) >= 0.0005}
+        found.append({"assumption": ablation.assumption, "instead": ablation.instead, "mean_abs": now.mean_abs, "mean": now.mean, "moved": moved})
+    return found
+
+
+def ablation_table(found: list[dict[str, Any]]) -> str:
+    """What `ablate` found, in per cent."""
+    rows = [
+        (item["assumption"], item["instead"], f"{100 * item['mean_abs']:.1f}", f"{100 * item['mean']:+.1f}",
+         ", ".join(f"{group} {100 * before:.1f} -> {100 * after:.1f}" for group, (before, after) in item["moved"].items()))
+        for item in found
+    ]  # fmt: skip
     return table(("assumption", "instead", "untouched: mean abs %", "mean %", "groups that move most: mean abs % with it -> without"), rows)
