@@ -90,6 +90,8 @@ def norm_linear_backward(tape: Tape, s: Shape, output: int, lean: bool, split: b
         tape.take(s.row)
     if not split:
         norm_linear_weights(tape, s, output, lean, bias=bias)
+    elif lean:
+        tape.take(s.late_gains)
     if s.sequence_parallel:
         tape.give(s.whole)
     norm_backward(tape, s)
@@ -251,10 +253,11 @@ def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
         pass
     tape.give(gradient + bias + s.up + (0 if lean else s.inner))
     norm_linear_weights(tape, s, s.up, lean, bias=s.biases)
-    tape.give(s.up + s.stats + (0 if lean else s.row) + s.row + s.gains)
+    norm = s.stats + (s.late_gains if lean else s.row) + s.row + s.gains
+    tape.give(s.up + norm)
     tape.give(gradient + bias + s.query)
     norm_linear_weights(tape, s, s.qkv, lean, bias=s.biases)
-    tape.give(s.qkv + s.stats + (0 if lean else s.row) + s.row + s.gains)
+    tape.give(s.qkv + norm)
 
 
 def embedding_forward(tape: Tape, s: Shape) -> None:
@@ -321,6 +324,8 @@ def head_backward(tape: Tape, s: Shape, split: bool) -> None:
         tape.give(s.whole)
     if not split:
         head_weights(tape, s)
+    else:
+        tape.take(s.late_gains)
     norm_backward(tape, s)
     tape.give(s.row)
     tape.give(8 * s.tokens)

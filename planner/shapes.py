@@ -114,6 +114,11 @@ class Shape:
         return self.hidden * (2 * self.e if self.layernorm else 4)
 
     @property
+    def late_gains(self) -> int:
+        """Copies of a norm's parameters for a weight gradient that is put off, where ZeRO-3 frees the originals before."""
+        return self.hidden * self.e * (2 if self.layernorm else 1) if self.weights_buffer else 0
+
+    @property
     def gathered(self) -> int:
         """The buffer of a gather of rows; 0 without sequence parallelism, which needs none."""
         return self.whole if self.sequence_parallel else 0
