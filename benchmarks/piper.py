@@ -147,6 +147,7 @@ class Search:
                         # Σ C >= total, and the largest is at least the mean, and at least the slowest layer
                         queue.append(((total + (samples // d - 1) * max(total / stages, slowest)) / samples, 0, t, stages, d))
         self.num_candidates = len(queue)
+        known: dict[tuple[int, int, int], Counts | None] = {}
         heapq.heapify(queue)
         while queue:
             at, level, t, stages, d = heapq.heappop(queue)
@@ -154,17 +155,21 @@ class Search:
                 self.bound = min(self.bound, at)
                 break
             pipeline, m = instance.pipeline(t, stages, d), samples // d
-            walks = ChainBound(pipeline, "GPipe", m)
             if level == 0:
+                walks = ChainBound(pipeline, "GPipe", m)
                 better = walks.bound(self.goal * samples) / samples
                 if better < self.goal * (1 - TOLERANCE):
-                    self.offer(pipeline, walks.balanced(), t, d)
+                    known[t, stages, d] = walks.balanced(self.goal * samples)
+                    self.offer(pipeline, known[t, stages, d], t, d)
                     heapq.heappush(queue, (max(at, better), 1, t, stages, d))
                 continue
             self.solved += 1
-            known = walks.balanced()
             solution = solve_pipeline(
-                pipeline, FlowShop(stages, m), cutoff=self.goal * samples, lower_bound=at * samples, start=known  # type: ignore[arg-type]
+                pipeline,
+                FlowShop(stages, m),  # type: ignore[arg-type]
+                cutoff=self.goal * samples,
+                lower_bound=at * samples,
+                start=known[t, stages, d],
             )
             self.offer(pipeline, solution.counts, t, d)
             self.bound = min(self.bound, solution.bound / samples)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner.pipeline import Counts, Pipeline
+from planner.pipeline import Counts, Edge, Pipeline, excess_bytes
 
 
 class _Layer(NamedTuple):
@@ -95,14 +95,20 @@ class ChainBound:
             for stage in range(self.p)
         ] if far else []  # fmt: skip
         self.border: list[list[float]] = []
+        coming: list[list[Edge]] = [[] for _ in range(self.n)]
+        leaving = [0.0] * self.n
+        for edge in charged:
+            coming[edge.target].append(edge)
+            leaving[edge.source] += edge.leaving
         for first in range(self.n) if charged else ():
             row, inside, outward = [0.0] * (self.n + 1), 0.0, 0.0
             for end in range(first + 1, self.n + 1):
-                for edge in charged:
-                    if edge.target == end - 1:
-                        inside += edge.entering if edge.source < first else 0.0
-                        outward -= edge.leaving if edge.source >= first else 0.0
-                    outward += edge.leaving if edge.source == end - 1 else 0.0
+                outward += leaving[end - 1]
+                for edge in coming[end - 1]:
+                    if edge.source < first:
+                        inside += edge.entering
+                    else:
+                        outward -= edge.leaving
                 row[end] = inside + outward
             self.border.append(row)
 
@@ -125,10 +131,7 @@ class ChainBound:
 
     def relieved(self, first: int, end: int, stage: int) -> float:
         """Seconds of the least recomputation that makes a stage fit; infinite where none does."""
-        seconds = 0.0
-        flight = self.in_flight[stage]
-        over = self.states[end] - self.states[first] + flight * (self.saved[end] - self.saved[first])
-        over -= self.pipeline.limits[self.pipeline.ranks[stage]]
+        seconds, over = 0.0, self.short(first, end, stage)
         if over <= 0:
             return seconds
         for freed, slower, layer in self.relief[stage]:
@@ -138,9 +141,10 @@ class ChainBound:
                 seconds, over = seconds + slower, over - freed
         return seconds if over <= 1e-9 * abs(self.pipeline.limits[0]) else math.inf
 
-    def longest_stage(self, first: int, stage: int, within: float) -> int:
-        """The furthest end of a stage from `first` that takes no more than `within` seconds; `first` where none does."""
-        return self._furthest(first, stage, lambda end: self.stage(first, end, stage) <= within)
+    def short(self, first: int, end: int, stage: int) -> float:
+        """Bytes that a stage needs beyond its limit, nothing recomputed and without transients."""
+        held = self.in_flight[stage] * (self.saved[end] - self.saved[first])
+        return self.states[end] - self.states[first] + held - self.pipeline.limits[self.pipeline.ranks[stage]]
 
     def _furthest(self, first: int, stage: int, fits: Callable[[int], bool]) -> int:
         """The last end for which `fits` holds, which does for all ends before it."""
@@ -193,11 +197,13 @@ class ChainBound:
         forward = self.forward[end] - self.forward[first] + self.charged(first, end, stage)
         return (m - 1) * (taken - forward) + max(0, m - self.p + stage) * forward <= rest
 
-    def balanced(self) -> Counts | None:
-        """Cuts of the least Σ c + (m - 1) max c, by shortest paths under falling ceilings of c; None where none fits."""
-        tables = [
-            [[self.segment(i, j, stage) if i < j else math.inf for j in range(self.n + 1)] for i in range(self.n)] for stage in range(self.p)
-        ]
+    def balanced(self, goal: float = math.inf) -> Counts | None:
+        """Cuts of the least Σ c + (m - 1) max c, by shortest paths under falling ceilings of c; None where none fits.
+
+        Stages that are too long for any cut to take less than `goal` are left out.
+        """
+        most = (goal - self.seconds[-1]) / (self.m - 1) if self.m > 1 else goal
+        tables = [[self._row(i, stage, most) for i in range(self.n)] for stage in range(self.p)]
         ceiling, best, chosen = math.inf, math.inf, None
         while (found := _cut(tables, self.n, ceiling)) is not None:
             total, largest, edges = found
@@ -208,12 +214,27 @@ class ChainBound:
             ceiling = largest
         return chosen
 
+    def _row(self, first: int, stage: int, most: float) -> list[float]:
+        """Seconds of a stage from `first` to each end, infinite once it is too long or can't fit."""
+        row = [math.inf] * (self.n + 1)
+        if stage <= first <= self.n - self.p + stage:
+            for end in range(first + 1, self.n - (self.p - stage - 1) + 1):
+                if self.stage(first, end, stage) > most:
+                    break
+                row[end] = self.segment(first, end, stage)
+        return row
+
     def counts(self, edges: tuple[int, ...]) -> Counts | None:
         """These cuts with the least recomputation, rounded up, that makes every stage fit."""
-        from planner.pipeline import excess_bytes
-
         chosen = [min(range(len(run.options)), key=lambda o, run=run: run.options[o].forward + run.options[o].backward)  # type: ignore[misc]
                   for run in self.pipeline.runs]  # fmt: skip
+        for stage, (a, b) in enumerate(itertools.pairwise(edges)):
+            over = self.short(a, b, stage)
+            inside = [item for item in self.relief[stage] if a <= item.layer < b]
+            while over > 0 and inside:
+                pick = min((item for item in inside if item.freed >= over), key=lambda item: item.seconds, default=inside[0])
+                inside.remove(pick)
+                chosen[pick.layer], over = self._least(pick.layer), over - pick.freed
         for _ in range(self.n + 1):
             counts = tuple(
                 tuple(
