@@ -103,6 +103,11 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination("llama", attention="unfused", tp=4, sp=True),
     combination(attention="unfused", recompute="full", dp=2, zero=3),
     combination("llama", attention="unfused", schedule="ZBVZeroBubble", pp=2, v=2, recompute="selective"),
+    # other families of blocks
+    combination("bloom", tp=2, sp=True, fast=True),
+    combination("bloom", tp=4),
+    combination("bloom", attention="unfused", tp=2, pp=2, schedule="1F1B", recompute="selective"),
+    combination("bloom", dp=2, pp=2, schedule="ZBVZeroBubble", v=2, zero=3, recompute="full"),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -132,10 +137,18 @@ COMBINATIONS: list[dict[str, Any]] = [
 ]
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt": ("tiny-gpt", {}),
+    "llama": ("tiny-llama", {}),
+    "bloom": ("tiny-gpt", {"position_embedding": "alibi", "num_position_embeddings": 0, "embedding_norm": True, "family": "bloom"}),
+}
+"""A preset, and what the family changes in it."""
+
+
 def model_of(family: str) -> ModelSpec:
     """Eight small blocks; a vocabulary that no degree divides."""
-    spec = load_model(f"tiny-{family}")
-    return with_changes(spec, **SIZES)
+    preset, changes = FAMILIES[family]
+    return with_changes(load_model(preset), **SIZES, **changes)
 
 
 def plan_of(row: dict[str, Any], precision: str = "fp32") -> Plan:
@@ -297,7 +310,7 @@ def table(results: list[dict[str, Any]], steps: int) -> str:
     lines = [
         "# Parity",
         "",
-        f"Written by `benchmarks/parity.py`. {len(results)} ways of splitting small GPT and Llama models (8 blocks, vocabulary 257) against one",
+        f"Written by `benchmarks/parity.py`. {len(results)} ways of splitting small models (8 blocks, vocabulary 257) against one",
         f"process: {steps} steps in fp32 on CPU processes with gloo, the same data and initial weights. Losses agree within {LOSS_TOLERANCE:g} and",
         f"the gradients' global norm within {NORM_TOLERANCE:g} (relative) in {len(results) - wrong} of {len(results)}.",
         "",

@@ -46,6 +46,24 @@ def make_rope(length: int, num_heads: int, head_dim: int, theta: float, device: 
     return Rope(angles.cos(), angles.sin(), num_heads, head_dim)
 
 
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Press et al. 2022 (arXiv 2108.12409, section 3): the powers of 2^(-8/n) for n heads; where n is no power of two, those of the next lower
+    one and every other of the next higher one's (their code and BLOOM's)."""
+    base = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (index + 1) / base) for index in range(base)]
+    return slopes + [2.0 ** (-4 * (2 * index + 1) / base) for index in range(num_heads - base)]
+
+
+def make_alibi(length: int, num_heads: int, first: int, last: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What is added to the scores of heads `first:last` of `num_heads`: [1, heads, sequence, sequence], minus the slope times the distance; later
+    positions are minus infinity."""
+    slopes = torch.tensor(alibi_slopes(num_heads)[first:last], dtype=torch.float32, device=device)
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    distance = places.unsqueeze(0) - places.unsqueeze(1)
+    later = torch.ones((length, length), dtype=torch.bool, device=device).triu_(1)
+    return (slopes.view(-1, 1, 1) * distance).masked_fill_(later, -math.inf).to(dtype).unsqueeze(0)
+
+
 class SplitHeads(torch.autograd.Function):
     """Query, key and value as views [batch, sequence, heads, head_dim] of one [tokens, ...] tensor. Saves nothing; the backward pass writes the
     three gradients into one tensor."""
@@ -65,10 +83,10 @@ class SplitHeads(torch.autograd.Function):
         return torch.cat([gradient.reshape(tokens, -1) for gradient in gradients], 1), None, None, None
 
 
-def attention(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int) -> torch.Tensor:
-    """Fused. Saves qkv, the output, and one fp32 per token and head."""
+def attention(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, alibi: torch.Tensor | None = None) -> torch.Tensor:
+    """Fused. Saves qkv, the output, and one fp32 per token and head. `alibi` is added to the scores."""
     q, k, v = (part.transpose(1, 2) for part in SplitHeads.apply(qkv, batch, heads, head_dim))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1])
+    out = F.scaled_dot_product_attention(q, k, v, alibi, is_causal=alibi is None, enable_gqa=heads[0] != heads[1])
     return out.transpose(1, 2).reshape(qkv.shape[0], heads[0] * head_dim)
 
 
@@ -80,10 +98,12 @@ class UnfusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, dropout: float, lean: bool) -> torch.Tensor:
-        ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout = batch, heads, head_dim, dropout
+    def forward(
+        ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, dropout: float, lean: bool, alibi: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout, ctx.alibi = batch, heads, head_dim, dropout, alibi
         query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
-        probabilities = _probabilities(query, key)
+        probabilities = _probabilities(query, key, alibi)
         del query, key
         mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout else None
         ctx.save_for_backward(qkv, None if lean else probabilities, mask)
@@ -102,7 +122,7 @@ class UnfusedAttention(torch.autograd.Function):
         qkv, probabilities, mask = ctx.saved_tensors
         query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
         if probabilities is None:
-            probabilities = _probabilities(query, key)
+            probabilities = _probabilities(query, key, ctx.alibi)
         dqkv = torch.empty_like(qkv)
         parts = dqkv.split([count * head_dim for count in heads], 1)
 
@@ -121,7 +141,7 @@ class UnfusedAttention(torch.autograd.Function):
         gradient = torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
         put(1, torch.bmm(gradient.transpose(1, 2), query))
         put(0, torch.bmm(gradient, key).mul_(1.0 / math.sqrt(head_dim)))
-        return dqkv, None, None, None, None, None
+        return dqkv, None, None, None, None, None, None
 
 
 def _as_heads(rows: torch.Tensor, batch: int, count: int, head_dim: int) -> torch.Tensor:
@@ -143,10 +163,13 @@ def _by_head(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, index: 
     return rows.mul_(1.0 / math.sqrt(head_dim)) if index == 0 else rows
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _probabilities(query: torch.Tensor, key: torch.Tensor, alibi: torch.Tensor | None) -> torch.Tensor:
     """softmax(query key^T) over what is not later, [batch · k, (a / k) · sequence, sequence]."""
     length = key.shape[1]
     scores = torch.bmm(query, key.transpose(1, 2))
+    if alibi is not None:
+        scores.view(-1, *alibi.shape[1:]).add_(alibi)
+        return torch.softmax(scores, -1)
     later = torch.ones((length, length), dtype=torch.bool, device=query.device).triu_(1)
     scores.view(-1, length, length).masked_fill_(later, -math.inf)
     del later

@@ -3,7 +3,8 @@
     python -m executor.huggingface export CHECKPOINT FOLDER      a checkpoint as model.safetensors
     python -m executor plan.json --load FOLDER                   start from a folder's *.safetensors
 
-GPT-2 stores its projections transposed (its Conv1D), with query, key and value side by side; Llama one tensor each.
+GPT-2 stores its projections transposed (its Conv1D), with query, key and value side by side; BLOOM has these side by side for each head; Llama
+has one tensor each.
 """
 
 from __future__ import annotations
@@ -23,23 +24,54 @@ from planner.model import ModelSpec
 
 
 def family_of(model: ModelSpec, where: str = "plan: inputs.model") -> str:
-    """Either "gpt2" or "llama": whose names fit the model. Raises InputError when neither does."""
-    gpt = model.norm == "layernorm" and model.position_embedding == "learned" and not model.gated_ffn and model.tied_embeddings
+    """One of "gpt2", "bloom" and "llama": whose names fit the model. Raises InputError when none does."""
+    bloom = model.position_embedding == "alibi" and model.embedding_norm
+    gpt = model.norm == "layernorm" and (bloom or model.position_embedding == "learned") and not model.gated_ffn and model.tied_embeddings
     gpt = gpt and model.qkv_bias and model.mlp_bias and model.attention_output_bias and model.num_key_value_heads == model.num_attention_heads
     if gpt and model.query_size == model.hidden_size and model.activation == "gelu":
-        return "gpt2"
+        return "bloom" if bloom else "gpt2"
     llama = model.norm == "rmsnorm" and model.position_embedding == "rope" and model.gated_ffn and model.activation == "silu"
     if llama and not model.mlp_bias and model.family in ("llama", "mistral", "qwen2"):
         return "llama"
-    raise InputError(where, model.name, "only models of the GPT-2 and Llama families have Hugging Face names here")
+    raise InputError(where, model.name, "only models of the GPT-2, BLOOM and Llama families have Hugging Face names here")
 
 
-def hf_tensor(model: ModelSpec, name: str) -> tuple[str, bool, tuple[int, int] | None]:
-    """Where Hugging Face keeps the parameter `name`: its tensor, whether transposed, and which third (index, of how many) of it."""
-    return (_gpt2 if family_of(model) == "gpt2" else _llama)(name)
+Place = tuple[str, bool, tuple[int, int] | None]
+"""A tensor's name, whether it is transposed, and which part (index, of how many) of it."""
 
 
-def _gpt2(name: str) -> tuple[str, bool, tuple[int, int] | None]:
+def hf_tensor(model: ModelSpec, name: str) -> Place:
+    """Where Hugging Face keeps the parameter `name`."""
+    return {"gpt2": _gpt2, "bloom": _bloom, "llama": _llama}[family_of(model)](name)
+
+
+def part_groups(model: ModelSpec) -> int:
+    """In how many groups a tensor of several parts repeats them: BLOOM has query, key and value side by side for each head."""
+    return model.num_attention_heads if family_of(model) == "bloom" else 1
+
+
+def _bloom(name: str) -> Place:
+    fixed = {
+        "embedding.tokens": "transformer.word_embeddings.weight",
+        "embedding.norm.gain": "transformer.word_embeddings_layernorm.weight",
+        "embedding.norm.bias": "transformer.word_embeddings_layernorm.bias",
+        "head.norm.gain": "transformer.ln_f.weight",
+        "head.norm.bias": "transformer.ln_f.bias",
+    }
+    if name in fixed:
+        return fixed[name], False, None
+    _, index, part, *rest = name.split(".")
+    prefix, last = f"transformer.h.{index}", rest[-1]
+    if rest[0] == "norm":
+        norm = "input_layernorm" if part == "attention" else "post_attention_layernorm"
+        return f"{prefix}.{norm}.{'weight' if last == 'gain' else 'bias'}", False, None
+    if rest[0] in ("query", "key", "value"):
+        return f"{prefix}.self_attention.query_key_value.{last}", False, (("query", "key", "value").index(rest[0]), 3)
+    module = {"output": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}[rest[0]]
+    return f"{prefix}.{module}.{last}", False, None
+
+
+def _gpt2(name: str) -> Place:
     fixed = {
         "embedding.tokens": "transformer.wte.weight",
         "embedding.positions": "transformer.wpe.weight",
@@ -59,7 +91,7 @@ def _gpt2(name: str) -> tuple[str, bool, tuple[int, int] | None]:
     return f"{prefix}.{module}.{last}", last == "weight", None
 
 
-def _llama(name: str) -> tuple[str, bool, tuple[int, int] | None]:
+def _llama(name: str) -> Place:
     fixed = {"embedding.tokens": "model.embed_tokens.weight", "head.norm.gain": "model.norm.weight", "head.weight": "lm_head.weight"}
     if name in fixed:
         return fixed[name], False, None
@@ -110,7 +142,7 @@ def reader(model: ModelSpec, path: str) -> Callable[[Piece], torch.Tensor]:
         tensor = weights.get(name)
         tensor = tensor.t() if transposed else tensor
         if part is not None:
-            tensor = tensor.chunk(part[1], 0)[part[0]]
+            tensor = tensor.unflatten(0, (part_groups(model), part[1], -1))[:, part[0]].flatten(0, 1)
         if tuple(tensor.shape) != piece.shape:
             raise InputError("--load", path, f"{name} has shape {tuple(tensor.shape)} where the plan's model has {piece.shape}")
         return piece.slice_of(tensor)
@@ -140,7 +172,9 @@ def to_huggingface(model: ModelSpec, value: Callable[[Piece], torch.Tensor]) -> 
         flipped[name] = transposed
     found = {}
     for name, pieces in parts.items():
-        tensor = torch.cat([pieces[index] for index in sorted(pieces)], 0)
+        tensor = pieces[0]
+        if len(pieces) > 1:
+            tensor = torch.stack([pieces[index].unflatten(0, (part_groups(model), -1)) for index in sorted(pieces)], 1).flatten(0, 2)
         found[name] = (tensor.t() if flipped[name] else tensor).contiguous()
     return found
 
@@ -159,6 +193,18 @@ def hf_config(model: ModelSpec) -> dict[str, object]:
             "vocab_size": model.vocab_size,
             "layer_norm_epsilon": model.norm_epsilon,
             "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+        }
+    if family_of(model) == "bloom":
+        return {
+            "model_type": "bloom",
+            "architectures": ["BloomForCausalLM"],
+            "n_layer": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "n_head": model.num_attention_heads,
+            "seq_length": model.max_sequence_length,
+            "vocab_size": model.vocab_size,
+            "layer_norm_epsilon": model.norm_epsilon,
             "tie_word_embeddings": True,
         }
     kind = "qwen2" if model.qkv_bias and not model.attention_output_bias else "llama"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from executor.attention import Rope, UnfusedAttention, attention, make_rope
+from executor.attention import Rope, UnfusedAttention, attention, make_alibi, make_rope
 from executor.functions import NormLinear, RowLinear, State
 from executor.mesh import Mesh
 from executor.units import Entry, Layout, Piece, Unit, make_layout
@@ -32,8 +32,6 @@ def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> 
     if first >= last:
         raise InputError(f"{where}: decisions.tensor_parallel", tensor_parallel, f"some ranks would get none of {model.vocab_size} vocabulary rows")
     where = f"{where}: inputs.model"
-    if model.position_embedding == "alibi":
-        raise InputError(f"{where}.position_embedding", "alibi", "the executor has learned and rotary positions")
     for name, wanted in (("parallel_block", False), ("qk_norm", False), ("num_norms_per_layer", 2), ("final_norm", True)):
         if getattr(model, name) != wanted:
             raise InputError(f"{where}.{name}", getattr(model, name), f"the executor runs models with {wanted}")
@@ -143,6 +141,8 @@ class Shape:
     head_dim: int
     dropout: float = 0.0
     unfused_attention: bool = False
+    alibi: torch.Tensor | None = None
+    """[1, heads of this rank, sequence, sequence], added to the scores."""
 
 
 class Enter(torch.autograd.Function):
@@ -180,9 +180,9 @@ def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, rope
     """One pre-norm transformer block."""
     qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, rope)
     if shape.unfused_attention:
-        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean)
+        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, shape.alibi)
     else:
-        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim)
+        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.alibi)
     del qkv
     if not shape.dropout:
         x = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
@@ -251,8 +251,10 @@ def build_stages(
     key_heads = max(1, model.num_key_value_heads // degree)
     heads = (model.num_attention_heads // degree, key_heads, key_heads)
     rows = tokens // degree if decisions.sequence_parallel else tokens
-    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention)
-    rope = None
+    alibi = rope = None
+    if model.position_embedding == "alibi":
+        alibi = make_alibi(sequence_length, model.num_attention_heads, rank * heads[0], (rank + 1) * heads[0], dtype, device)
+    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi)
     if model.position_embedding == "rope":
         rope = make_rope(sequence_length, heads[0] + heads[1], model.head_dim, model.rope_theta, device)
 
@@ -278,8 +280,8 @@ def build_stages(
             table = make_unit(table_layout(model, "embedding.tokens", rank, degree))
             _add_embedding(built, model, table, make_unit, state, start, sequence_length, dropout)
         _add_blocks(built, model, stage, make_unit, state, shape, rope, rank, degree)
-        if rope is not None and len(stage_blocks(stage, model)):
-            built.constants = (rope.cosine, rope.sine)
+        if len(stage_blocks(stage, model)):
+            built.constants = (rope.cosine, rope.sine) if rope is not None else (alibi,) if alibi is not None else ()
         if built.has_head:
             own = table if model.tied_embeddings else None
             if own is None:

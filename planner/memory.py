@@ -152,7 +152,7 @@ def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     for rank in range(decisions.pipeline_parallel):
         mine = {index: stages[index] for index, owner in enumerate(owners) if owner == rank}
         peak = walk_rank(lists[rank], mine, boundary, decisions)
-        held = batch_bytes(inputs, decisions, rank) + rope_bytes(inputs, decisions, rank)
+        held = batch_bytes(inputs, decisions, rank) + position_bytes(inputs, decisions, rank)
         update = optimizer_buffer_bytes(inputs, decisions, rank)
         if update > sum(peak):
             peak = Peak(0, update)
@@ -177,15 +177,18 @@ def batch_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int
     return 8 * tokens * sum(1 for end in ends if end == pipeline_rank)
 
 
-def rope_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | None = None) -> int:
-    """The fp32 tables of rotary positions, s·D·4 bytes on every rank that has blocks; on any rank without `pipeline_rank`."""
-    model = inputs.model
-    if model.position_embedding != "rope" or inputs.training.profile == "megatron":
+def position_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | None = None) -> int:
+    """The tables of positions on every rank that has blocks (on any rank without `pipeline_rank`): rotary ones in fp32, s·D·4 bytes; ALiBi's biases
+    of the rank's heads in the compute type, a/t·s²."""
+    model, length = inputs.model, inputs.training.sequence_length
+    if model.position_embedding == "learned" or inputs.training.profile == "megatron":
         return 0
     mine = [stage for stage in decisions.stages if stage.pipeline_rank == pipeline_rank]
     if pipeline_rank is not None and not any(block_levels(stage, model) for stage in mine):
         return 0
-    return inputs.training.sequence_length * (model.head_dim // 2) * 2 * 4
+    if model.position_embedding == "alibi":
+        return model.num_attention_heads // decisions.tensor_parallel * length**2 * element_bytes(inputs.training.precision)
+    return length * (model.head_dim // 2) * 2 * 4
 
 
 def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:
@@ -213,7 +216,7 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
 
 
 def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
-    """What a rank needs at most beside its layers: the step's batch, rotary tables, the optimizer's chunk, what passes between two of
+    """What a rank needs at most beside its layers: the step's batch, tables of positions, the optimizer's chunk, what passes between two of
     its own stages, and what it has sent; `decisions.stages` is not read."""
     if inputs.training.profile == "megatron":
         return 0
@@ -225,7 +228,7 @@ def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
         chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
     p = decisions.pipeline_parallel
     messages = 0 if p == 1 else 2 + (min(p - 1, 2) * decisions.num_virtual_stages if decisions.schedule in IN_TURN_SCHEDULES else 0)
-    return 16 * tokens + rope_bytes(inputs, decisions) + chunk + messages * boundary_bytes(inputs, decisions)
+    return 16 * tokens + position_bytes(inputs, decisions) + chunk + messages * boundary_bytes(inputs, decisions)
 
 
 def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int, decisions: Decisions) -> Peak:

@@ -32,11 +32,16 @@ def llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-@pytest.fixture(params=["gpt2", "llama", "llama-tied"])
+def bloom() -> Any:
+    config = transformers.BloomConfig(vocab_size=131, seq_length=32, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.1)
+    return transformers.BloomForCausalLM(config)
+
+
+@pytest.fixture(params=["gpt2", "bloom", "llama", "llama-tied"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Trainer, Path]:
     """A randomly initialised transformers model, and ours with its weights."""
     torch.manual_seed(5)
-    theirs = {"gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True)}[request.param]().eval()
+    theirs = {"gpt2": gpt2, "bloom": bloom, "llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True)}[request.param]().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))  # so that biases and gains count too

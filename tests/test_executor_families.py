@@ -1,0 +1,62 @@
+"""Families of blocks beside GPT and Llama: exact parameter counts, memory in closed form, and what positions add to scores."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.memory import predict_memory
+
+torch = pytest.importorskip("torch", reason="the executor needs torch")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import parity  # noqa: E402
+
+from executor.attention import alibi_slopes, make_alibi  # noqa: E402
+from executor.dry_run import dry_run_plan  # noqa: E402
+from executor.huggingface import global_names  # noqa: E402
+from executor.units import Piece  # noqa: E402
+
+FAMILIES = sorted(set(parity.FAMILIES) - {"gpt", "llama"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_as_many_as_the_planner_counts(family: str) -> None:
+    pieces: list[Piece] = list(global_names(parity.model_of(family)))
+    assert len({piece.name for piece in pieces}) == len(pieces)
+    assert sum(piece.numel for piece in pieces) == parity.model_of(family).num_parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("decisions", "precision"),
+    [
+        ({"tp": 2, "sp": True, "recompute": "selective"}, "mixed-bf16"),
+        ({"dp": 2, "zero": 3, "recompute": "full"}, "fp32"),
+        ({"tp": 2}, "fp32"),
+        ({"pp": 2, "v": 2, "schedule": "ZBVZeroBubble"}, "mixed-bf16"),
+    ],
+    ids=str,
+)
+def test_memory_in_closed_form_is_that_of_the_dry_run(family: str, decisions: dict[str, Any], precision: str) -> None:
+    plan = parity.plan_of(parity.combination(family, **decisions), precision)
+    predicted = predict_memory(plan.inputs, plan.decisions)
+    traced = dry_run_plan(plan).pipeline_ranks
+    for need, row in zip(predicted, traced, strict=True):
+        assert need.total_bytes == pytest.approx(row.memory.total_bytes, rel=0.01)
+
+
+def test_slopes_are_powers_of_one_ratio() -> None:
+    assert alibi_slopes(8) == [2.0**-power for power in range(1, 9)]
+    assert alibi_slopes(6)[:4] == [2.0 ** (-2 * power) for power in range(1, 5)]
+    assert alibi_slopes(6)[4:] == [0.5, 0.125]
+
+
+def test_biases_fall_with_distance_and_shut_out_what_is_later() -> None:
+    bias = make_alibi(4, 8, 2, 4, torch.float32, torch.device("cpu"))
+    assert bias.shape == (1, 2, 4, 4)
+    assert bias[0, 0, 3].tolist() == [-0.375, -0.25, -0.125, 0.0]
+    assert bias[0, 1, 1].tolist() == [-0.0625, 0.0, -torch.inf, -torch.inf]
