@@ -247,17 +247,23 @@ def _inside(plan: Plan) -> bool | None:
     return axis_group(cluster, decisions, "tp").nodes == 1
 
 
-def _placement(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """The best times with tensor-parallel groups inside a host and across hosts, predicted and measured."""
+def _placement(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best times with tensor-parallel groups inside a host and across hosts, predicted and measured; and of all plans with tensor
+    parallelism the one with the least predicted time, and its regret among them."""
     inside = [row for row in rows if row["tensor_parallel_inside"] is True]
     across = [row for row in rows if row["tensor_parallel_inside"] is False]
     if not inside or not across:
         return None
+    chosen = min([*inside, *across], key=lambda row: row["predicted_seconds"])
+    best = min([*inside, *across], key=lambda row: row["measured_seconds"])
     return {
-        f"{kind}_{name}": min(row[f"{kind}_seconds"] for row in group)
-        for kind in ("predicted", "measured")
-        for name, group in (("inside", inside), ("across", across))
-    }
+        "chosen": chosen["plan"], "best": best["plan"], "regret": chosen["measured_seconds"] / best["measured_seconds"] - 1.0,
+        **{
+            f"{kind}_{name}": min(row[f"{kind}_seconds"] for row in group)
+            for kind in ("predicted", "measured")
+            for name, group in (("inside", inside), ("across", across))
+        },
+    }  # fmt: skip
 
 
 def text_of(cases: Sequence[dict[str, Any]]) -> str:
@@ -277,7 +283,8 @@ def text_of(cases: Sequence[dict[str, Any]]) -> str:
             text += (
                 f"{BENCHES[case['bench']].title}, {case['model']}: tensor parallelism inside a host {1e3 * place['measured_inside']:.0f} ms "
                 f"(predicted {1e3 * place['predicted_inside']:.0f}), across {1e3 * place['measured_across']:.0f} ms "
-                f"(predicted {1e3 * place['predicted_across']:.0f})\n"
+                f"(predicted {1e3 * place['predicted_across']:.0f}); of all plans with it the planner takes {place['chosen']}, the best is "
+                f"{place['best']}, regret {100 * place['regret']:.1f} %\n"
             )
     for case in cases:
         text += f"\n{BENCHES[case['bench']].title}, {case['model']}\n"

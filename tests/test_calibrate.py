@@ -6,12 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration import CollectivePoint, LayerPoint, MatmulPoint, Measurements, MemoryPoint, MessagePoint, OptimizerPoint, fit, minimise
+from planner.calibration import (
+    CollectivePoint,
+    LayerPoint,
+    MatmulPoint,
+    Measurements,
+    MemoryPoint,
+    MessagePoint,
+    OptimizerPoint,
+    StepPoint,
+    fit,
+    minimise,
+)
 from planner.cluster import load_cluster
 from planner.correction import correct
 from planner.estimate import predict
 from planner.kernels import elementwise_seconds, matmul_seconds
-from planner.layer_time import layer_seconds, optimizer_seconds
+from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
 from planner.model import load_model
 from planner.network import all_gather_seconds, all_reduce_seconds, group, message_seconds
 from planner.paradigms import as_plan
@@ -78,6 +89,59 @@ def test_one_rank_measures_no_links() -> None:
     fitted = fit(measurements()._replace(num_gpus=1, gpus_per_node=1, collectives=(), messages=()))
     assert fitted.cluster.collectives == ()
     assert "assumed" in fitted.cluster.intra_node.source
+
+
+def trained(truth, **degrees) -> StepPoint:
+    """What short training on a machine like `truth` would find."""
+    model = load_model("tiny-gpt")
+    sizes = {"data_parallel": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "micro_batch_size": 2, "num_microbatches": 4, **degrees}
+    decisions = Decisions(**sizes, stages=even_stages(model, "1F1B", sizes["pipeline_parallel"], 1, "none"))
+    batch = sizes["data_parallel"] * 8
+    inputs = Inputs(model=model, cluster=truth, training=Training(global_batch_size=batch, sequence_length=128, precision="fp32"))
+    kinds = (("embedding", 1), ("block", model.num_layers), ("head", 1))
+
+    def passes(cluster) -> tuple[float, float]:
+        found = [(layer_seconds(replace(inputs, cluster=cluster), decisions, kind), count) for kind, count in kinds]
+        return sum(count * layer.forward for layer, count in found), sum(count * layer.backward for layer, count in found)
+
+    forward, backward = passes(_silent(truth))
+    inside = sizes["num_microbatches"] * (sum(passes(truth)) - forward - backward)
+    reduction = reduce_seconds(inputs, decisions, model.num_parameters / decisions.tensor_parallel)
+    sharded = decisions.zero_stage == 3
+    rest = optimizer_seconds(inputs, decisions, model.num_parameters / decisions.tensor_parallel) + 0.004
+    return StepPoint(
+        model, decisions, 128, "fp32", forward, backward, reduction if sharded else inside, 0.0 if sharded else reduction, rest
+    )
+
+
+def _silent(cluster):
+    free = replace(cluster.intra_node, bandwidth_bytes_per_second=1e18, latency_seconds=0.0)
+    return replace(cluster, intra_node=free, inter_node=free, collectives=(), efficiency=replace(cluster.efficiency, wait_seconds=0.0))
+
+
+def test_short_training_gives_back_what_a_step_adds() -> None:
+    """Passes 1.3 times as long as layers alone, a wait for every collective, new buffers at 2 GB/s, 4 ms of fixed cost, late receives."""
+    alone = measurements()
+    curves = fit(alone).cluster.collectives
+    all_kinds = tuple(replace(curve, kind=kind) for curve in curves for kind in ("all_reduce", "all_gather", "reduce_scatter"))
+    efficiency = replace(TRUE.efficiency, time_scale=1.3, optimizer_scale=2.3, wait_seconds=1.2e-3, fresh_bandwidth_bytes_per_second=2e9)
+    truth = replace(TRUE, efficiency=efficiency, collectives=all_kinds)
+    steps = tuple(
+        trained(truth, **degrees)
+        for degrees in ({"data_parallel": 2}, {"data_parallel": 2, "micro_batch_size": 4, "num_microbatches": 2},
+                        {"data_parallel": 2, "zero_stage": 3}, {"data_parallel": 2, "zero_stage": 3, "num_microbatches": 1, "micro_batch_size": 8},
+                        {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True})
+    )  # fmt: skip
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
+    points = tuple(CollectivePoint(kind, 2, n, 4e-4 + n / 5e8) for kind in kinds for n in (1 << 12, 1 << 18, 1 << 22))
+    fitted = fit(alone._replace(collectives=points, steps=steps, late_receives=(1e-3, 2e-3)))
+    found, residuals = fitted.cluster.efficiency, {residual.name: residual for residual in fitted.residuals}
+    assert residuals["passes in training"].worst_error_fraction < 0.03
+    assert residuals["collectives in training"].worst_error_fraction < 0.1
+    assert found.wait_seconds == pytest.approx(1.2e-3, rel=0.1)
+    assert found.fresh_bandwidth_bytes_per_second == pytest.approx(2e9, rel=0.3)
+    assert found.receive_seconds == pytest.approx(1.5e-3)
+    assert found.step_seconds == pytest.approx(4e-3, rel=0.2)
 
 
 def pipeline_plan(cluster, schedule="1F1B"):
