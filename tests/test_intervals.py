@@ -11,6 +11,7 @@ import pytest
 from planner.accuracy import accuracy, step_interval
 from planner.compare import compare
 from planner.estimate import warnings
+from planner.report import SweepPoint, report, sweep_report
 from planner.tables import results, text
 from tests.plans import make_plan, make_run
 from tests.test_cli import plan
@@ -80,3 +81,9 @@ def test_implausible_and_risky_are_flagged():
 def test_a_plan_says_its_cost_and_energy():
     done = plan("estimate", "--model", "llama-2-7b", "--cluster", "a100-80gb:64", "--dp", "64", "--num-tokens", "1e12", "--price-per-gpu-hour", "2")
     assert "cost" in done.stdout and "MWh" in done.stdout and "GPU-hours" in done.stdout
+
+
+def test_pages_of_sweeps_and_plans_have_intervals():
+    page = sweep_report("A sweep", [SweepPoint(64, 1000.0, 1e6, 0.5, 2**35)])
+    assert "80 % interval" in page and "1,150 s" in page
+    assert "80 % interval" in report(make_plan("tiny-gpt", tp=2, pp=2, dp=2, m=4, sizes=(4, 2), precision="fp32", runners_up=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planner.accuracy import step_interval
 from planner.compare import check_same_plan, compare
 from planner.paradigms import Paradigm, Paradigms
 from planner.plan import Plan, plan_hash
@@ -199,12 +200,13 @@ def sweep_report(title: str, points: Sequence[SweepPoint], notes: Sequence[str] 
         (
             point.num_gpus,
             show_seconds(point.step_seconds),
+            parts.show_interval(step_interval(point.step_seconds)),
             f"{point.tokens_per_second:,.0f}" if point.tokens_per_second is not None else None,
             percent(point.model_flops_utilization),
             show_bytes(point.peak_bytes),
         )
         for point in points
     ]
-    body = table(("GPUs", "step", "tokens per second", "MFU", "memory of the heaviest GPU"), rows)
+    body = table(("GPUs", "step", "80 % interval", "tokens per second", "MFU", "memory of the heaviest GPU"), rows)
     sections = [Section("Over the number of GPUs", charts=(figures.sweep_figure(points),)), Section("In figures", body=body + bullets(notes))]
     return page(title, "", sections, footer="Meshwright. GiB = 2^30 bytes.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from planner.accuracy import step_interval
 from planner.compare import Comparison, Row
 from planner.estimate import capacity_bytes, fits
 from planner.plan import Decisions, Plan, has_embedding, has_head, recompute_counts, stage_blocks
@@ -35,6 +36,11 @@ def subtitle(plan: Plan) -> str:
         f"{degrees(decisions)}; {schedule}; global batch {training.global_batch_size} = {decisions.data_parallel} × {decisions.micro_batch_size} ×"
         f" {decisions.num_microbatches} micro-batches of {training.sequence_length} tokens; {training.precision}"
     )
+
+
+def show_interval(interval: tuple[float, float] | None) -> str:
+    """The interval of a predicted time for a table's cell."""
+    return f"{show_seconds(interval[0])} to {show_seconds(interval[1])}" if interval else MISSING
 
 
 def headline(plan: Plan, run: Run | None) -> list[tuple[str, str, str]]:
@@ -285,14 +291,14 @@ def runners_up(plan: Plan) -> Section | None:
         return None
     rows: list[Sequence[object]] = [_candidate(plan.decisions, plan.predictions.time.step_seconds, plan.predictions.memory.total_bytes, "chosen")]
     rows += [_candidate(other.decisions, other.step_seconds, other.peak_bytes, other.why_not) for other in solver.runners_up]
-    columns = ("degrees", "micro-batch", "schedule", "recompute", "step", "heaviest GPU", "why not")
+    columns = ("degrees", "micro-batch", "schedule", "recompute", "step", "80 % interval", "heaviest GPU", "why not")
     gap = "" if solver.gap_fraction is None else f", proven within {solver.gap_fraction:.2%} of the best"
     caption = (
         f"{solver.name}: {solver.status}{gap}; {solver.num_candidates:,} candidates, {solver.num_pruned:,} ruled out by bounds,"
         f" {solver.wall_seconds:.1f} s."
     )
     reasons = bullets(solver.reasons) if solver.reasons else ""
-    return Section("Why this plan, and why not the others", caption=caption, body=reasons + table(columns, rows, left=(0, 2, 3, 6)))
+    return Section("Why this plan, and why not the others", caption=caption, body=reasons + table(columns, rows, left=(0, 2, 3, 7)))
 
 
 def _candidate(decisions: Decisions, step_seconds: float | None, peak_bytes: float | None, why_not: str) -> Sequence[object]:
@@ -304,6 +310,7 @@ def _candidate(decisions: Decisions, step_seconds: float | None, peak_bytes: flo
         schedule,
         levels.pop() if len(levels) == 1 else "by stage" if levels else MISSING,
         show_seconds(step_seconds),
+        show_interval(step_interval(step_seconds)),
         show_bytes(peak_bytes),
         why_not,
     )
