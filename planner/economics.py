@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from planner.documents import Document
 from planner.graph import attention_flops, forward_flops_per_token, mlp_flops, training_flops_per_token
-from planner.plan import Decisions, Inputs, block_levels
+from planner.plan import Decisions, Inputs, recompute_counts, stage_blocks
 
 MFU_IMPLAUSIBLE = 0.65
 """No published run of a dense transformer on GPUs reaches this model FLOPs utilization."""
@@ -59,7 +59,7 @@ def model_flops(inputs: Inputs) -> float:
 def hardware_flops(inputs: Inputs, decisions: Decisions) -> float:
     """Hardware FLOPs of one step: full recomputation adds a block's forward pass, selective its scores and values."""
     model, sequence = inputs.model, inputs.training.sequence_length
-    core = 4.0 * sequence * model.query_size
-    added = {"none": 0.0, "selective": core, "full": attention_flops(model, sequence) + mlp_flops(model)}
-    again = sum(added[level] for stage in decisions.stages for level in block_levels(stage, model))
+    core, block = 4.0 * sequence * model.query_size, attention_flops(model, sequence) + mlp_flops(model)
+    counts = [recompute_counts(stage, len(stage_blocks(stage, model))) for stage in decisions.stages]
+    again = sum(core * count.selective + block * count.full for count in counts)
     return step_tokens(inputs) * (3 * forward_flops_per_token(model, sequence) + again)
