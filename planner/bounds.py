@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from planner.chain import Costs, Layer, regular_sizes
@@ -121,9 +121,13 @@ def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, .
 
 
 def regular_bounds(
-    costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], *, first_only: bool = False
-) -> list[tuple[float, tuple[tuple[int, ...], ...]]]:
-    """The bound of each regular cut, with its sizes; with `first_only` it need be right for the least of them alone."""
+    costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], *, first_only: bool = False,
+    recomputed: Callable[[tuple[int, ...]], Sequence[float]] | None = None,
+) -> list[tuple[float, tuple[tuple[int, ...], ...]]]:  # fmt: skip
+    """The bound of each regular cut, with its sizes; with `first_only` it need be right for the least of them alone.
+
+    `recomputed` gives for a cut the seconds of recomputation that each rank can't do without.
+    """
     seconds, m, p = costs.seconds(decisions), decisions.num_microbatches, decisions.pipeline_parallel
     block = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
     embedding, head, message = seconds["embedding", "none"], seconds["head", "none"], costs.least_message(decisions)
@@ -137,7 +141,7 @@ def regular_bounds(
     found: list[tuple[float, tuple[tuple[int, ...], ...]]] = []
     best = math.inf
     for cut in regular_cuts(costs.inputs.model.num_layers, decisions.schedule, p, decisions.num_virtual_stages):
-        slowest = 0.0
+        slowest, more = 0.0, recomputed(cut.sizes[0]) if recomputed else ()
         for rank in range(p):
             down = cut.before[rank] * block.forward + (embedding.forward + rank * message if rank else 0.0)
             taken = cut.held[rank] * each + ends[rank] + down
@@ -145,6 +149,8 @@ def regular_bounds(
                 up = cut.before[rank] * block.backward + embedding.backward + rank * message
                 tails = tail.slope * (cut.held[rank] * costs.parameters(decisions, "block")) + max(tail.intercept, 0.0)
                 taken += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
+            if more:
+                taken += m * more[rank]
             if taken > slowest:
                 slowest = taken
                 if first_only and slowest >= best:

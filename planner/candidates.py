@@ -1,7 +1,7 @@
 """What a search may choose from: the constraints of the user, and all decisions but the stages that keep the rules of a plan.
 
 The space is a tree. A `Degrees` fixes how the GPUs and the batch are divided; `variants` adds placement, sequence
-parallelism and schedule; `with_zero` the ZeRO stage. Bounds exist for each level (`planner.bounds`), so that most of the
+parallelism and schedule. Bounds exist for each level (`planner.bounds`), so that most of the
 tree is never written out.
 """
 
@@ -17,7 +17,6 @@ from planner.errors import InputError
 from planner.plan import (
     INTERLEAVED_SCHEDULES,
     SCHEDULES,
-    SPLIT_BACKWARD_SCHEDULES,
     Axis,
     Decisions,
     Inputs,
@@ -123,8 +122,6 @@ def check_constraints(inputs: Inputs, constraints: Constraints) -> None:
     if fixed.pipeline_parallel and fixed.pipeline_parallel > inputs.model.num_layers + 2:
         allowed = f"{inputs.model.name} has {inputs.model.num_layers + 2} layers, embedding and head included"
         raise InputError("--pipeline-parallel", fixed.pipeline_parallel, allowed)
-    if fixed.zero_stage == 3 and fixed.schedule in SPLIT_BACKWARD_SCHEDULES:
-        raise InputError("--zero-stage", 3, f"{fixed.schedule} splits the backward pass, which works with ZeRO 0, 1 and 2 only")
     if fixed.sequence_parallel and fixed.tensor_parallel == 1:
         raise InputError("--sequence-parallel", True, "it needs tensor parallel above 1")
     if fixed.schedule and fixed.pipeline_parallel and fixed.num_virtual_stages:
@@ -186,10 +183,9 @@ def _runs(schedule: str, p: int, v: int, m: int) -> bool:
     return True
 
 
-def zero_stages(degrees: Degrees, schedule: str, constraints: Constraints) -> list[int]:
+def zero_stages(degrees: Degrees, constraints: Constraints) -> list[int]:
     """ZeRO stages worth telling apart: without data parallelism they are all the same."""
-    known = [0, 1, 2, 3] if schedule not in SPLIT_BACKWARD_SCHEDULES else [0, 1, 2]
-    allowed = [stage for stage in known if constraints.allows("zero_stage", stage)]
+    allowed = [stage for stage in range(4) if constraints.allows("zero_stage", stage)]
     return allowed[:1] if degrees.data_parallel == 1 else allowed
 
 

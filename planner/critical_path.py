@@ -184,6 +184,12 @@ def graph(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_mi
     return Graph(tuple(numbers), key_of, previous, needs, message, tuple(last))
 
 
+@functools.lru_cache(maxsize=64)
+def rank_paths(schedule: str, pipeline_parallel: int, num_virtual_stages: int, num_microbatches: int) -> tuple[Path, ...]:
+    """`Graph.rank_paths` of a schedule's graph."""
+    return graph(schedule, pipeline_parallel, num_virtual_stages, num_microbatches).rank_paths()
+
+
 def _steps(schedule: str, ranks: Sequence[int], m: int, numbers: dict[Key, int]) -> dict[tuple[str, int], tuple[int, int, int, int]]:
     """For each kind of action of each stage: its key, its place, the place of what it needs (-1: nothing) and its message's key.
 

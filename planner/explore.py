@@ -24,6 +24,7 @@ import dataclasses
 import heapq
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from planner import bounds, greedy
@@ -40,12 +41,13 @@ from planner.candidates import (
 )
 from planner.chain import Costs, Profile, counts_of, dominates, stages_of
 from planner.contention import shares_cores
-from planner.critical_path import Path, graph, path_seconds
+from planner.critical_path import Path, graph, path_seconds, rank_paths
 from planner.errors import InputError
-from planner.moments import least_in_flight
+from planner.forced import forced, forced_in_the_mean, path_bound
+from planner.moments import least_in_flight, mean_in_flight
 from planner.pipeline import Counts, Pipeline, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, replace
-from planner.solver import TOLERANCE, Solution, solve_pipeline
+from planner.solver import TOLERANCE, Patience, Solution, solve_pipeline
 from planner.timing import predict_time
 
 SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
@@ -54,6 +56,8 @@ RELAXED_ROUNDS = 4
 """Linear relaxations of a candidate before the next candidate has its turn."""
 DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 24, 4
 """What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
+PATIENCE_SECONDS, ACCEPTED_GAP = 4.0, 0.01
+"""CPU-seconds of a search after which a plan within this share of the bound is enough."""
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
 
@@ -93,6 +97,8 @@ class Outcome(NamedTuple):
     wall_seconds: float
     shared: bool
     """Whether ranks share cores, so that step times are walked and not proven."""
+    late: bool
+    """Whether the time limit has passed."""
 
 
 def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) -> Outcome:
@@ -111,6 +117,7 @@ class _Search:
         self.started = time.monotonic()
         limit = constraints.time_limit_seconds
         self.deadline = None if limit is None else self.started + limit
+        self.patience = Patience(time.process_time() + PATIENCE_SECONDS, ACCEPTED_GAP)
         self.cutoff = cutoff
         self.best: Found | None = None
         self.others: dict[Decisions, Found] = {}
@@ -138,38 +145,40 @@ class _Search:
         while self.queue:
             node = heapq.heappop(self.queue)
             if node.bound >= self.goal * (1 - TOLERANCE):
-                bound = node.bound
+                bound = min(bound, node.bound)
                 break
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                bound, proven = node.bound, False
-                break
-            if not self.open(node):
+            late = self.deadline is not None and time.monotonic() > self.deadline
+            if late or (node.bound >= self.goal * (1 - self.patience.gap) and self.patience.left() <= 0):
                 bound, proven = min(bound, node.bound), False
+                break
+            left = self.open(node)
+            if left < self.goal * (1 - TOLERANCE):
+                bound, proven = min(bound, left), False
         return Outcome(
             self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
-            time.monotonic() - self.started, self.shared,
+            time.monotonic() - self.started, self.shared, self.deadline is not None and time.monotonic() > self.deadline,
         )  # fmt: skip
 
-    def open(self, node: Node) -> bool:
-        """Opens a node; False when the time limit cut its program short."""
+    def open(self, node: Node) -> float:
+        """Opens a node; gives the bound of what it leaves unproven, which is infinite where all is proven or in the queue again."""
         if node.level == DEGREES:
             assert isinstance(node.item, Degrees)
             for layout in self.layouts(node.item):
                 self.push_layout(layout, node.bound)
-            return True
+            return math.inf
         assert isinstance(node.item, Decisions)
         if node.level == LAYOUT:
             self.push_candidates(node.item, node.bound)
-            return True
-        if self.shared:
+        elif self.shared:
             self.try_simple(node.item)
-            return False
-        if node.level == CANDIDATE:
+            return node.bound
+        elif node.level == CANDIDATE:
             self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
-            return True
-        if node.level == ROOM:
-            return self.relax(node.item, node.bound)
-        return self.solve(node.item, node.bound)
+        elif node.level == ROOM:
+            self.relax(node.item, node.bound)
+        else:
+            return self.solve(node.item, node.bound)
+        return math.inf
 
     def push(self, bound: float, level: int, item: Degrees | Decisions) -> None:
         if bound < self.goal * (1 - TOLERANCE):
@@ -179,7 +188,7 @@ class _Search:
         variants = list(schedules(self.inputs, degrees, self.constraints))
         orders = sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))
         choices = sequence_parallel_choices(self.inputs, degrees, self.constraints)
-        stages = sum(len(zero_stages(degrees, schedule, self.constraints)) for schedule, _ in variants)
+        stages = len(variants) * len(zero_stages(degrees, self.constraints))
         self.num_candidates += stages * len(orders) * len(choices)
         if stages:
             # a group whose ranks lie further apart is never faster, so the innermost place of tp is the fastest
@@ -195,22 +204,20 @@ class _Search:
     def layouts(self, degrees: Degrees) -> list[Decisions]:
         """Placement, sequence parallelism and ZeRO, without those that are nowhere better than another one."""
         found: list[tuple[Decisions, Profile]] = []
-        several = {schedule for schedule, _ in schedules(self.inputs, degrees, self.constraints)}
-        names = {zero for schedule in several for zero in zero_stages(degrees, schedule, self.constraints)}
         for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
             for order in rank_orders(degrees, self.constraints):
                 if order[0] != "tp" and self.too_slow(decisions_of(degrees, sequence_parallel=choice, rank_order=order)):
                     continue
-                for zero in sorted(names):
+                for zero in zero_stages(degrees, self.constraints):
                     layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
                     if self.layout_bound(layout) < self.goal:
                         found.append((layout, self.costs.profile(layout)))
         found.sort(key=lambda item: _plainness(item[0]))
         kept: list[tuple[Decisions, Profile]] = []
         for layout, profile in found:
-            if any(_covers(a.zero_stage, layout.zero_stage) and dominates(b, profile) for a, b in kept):
+            if any(dominates(better, profile) for _, better in kept):
                 continue
-            kept = [(a, b) for a, b in kept if not (_covers(layout.zero_stage, a.zero_stage) and dominates(profile, b))]
+            kept = [(other, worse) for other, worse in kept if not dominates(profile, worse)]
             kept.append((layout, profile))
         return [layout for layout, _ in kept]
 
@@ -233,10 +240,9 @@ class _Search:
     def push_candidates(self, layout: Decisions, above: float) -> None:
         whole, weight, least = self.whole(layout), self.weight(layout), bounds.least_stages(self.costs, layout, self.levels)
         for schedule, v in schedules(self.inputs, _degrees(layout), self.constraints):
-            if layout.zero_stage in zero_stages(_degrees(layout), schedule, self.constraints):
-                candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
-                bound = above if self.shared else bounds.schedule_bound(candidate, whole, least, weight)
-                self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
+            candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
+            bound = above if self.shared else bounds.schedule_bound(candidate, whole, least, weight)
+            self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
 
     def weight(self, decisions: Decisions) -> float:
         """Seconds of the weight gradients of one micro-batch through all layers."""
@@ -272,24 +278,25 @@ class _Search:
             bound = bounds.never_idle_bound(candidate, rooms, fills, bounds.Tail(0.0, 0.0), each, blocks, bound, goal, m - p - 1)
         return bound + costs.step_seconds
 
-    def relax(self, candidate: Decisions, above: float) -> bool:
+    def relax(self, candidate: Decisions, above: float) -> None:
         """Finds a first plan by simple rules, and raises the bound: by walks where cuts are regular, else by the relaxation."""
         self.num_relaxed += 1
         if candidate.num_virtual_stages > 1:
             timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
             above = max(above, self.pattern_walks(candidate, timed)[0][0])
+            if above < self.goal * (1 - TOLERANCE):
+                above = max(above, self.pattern_bounds(candidate, self.costs.pipeline(candidate, self.levels))[0][0])
         if above < self.goal * (1 - TOLERANCE) and candidate not in self.others:
             self.try_simple(candidate)
         if above >= self.goal * (1 - TOLERANCE):
-            return True
+            return
         if candidate.num_virtual_stages > 1:
             self.push(above, RELAXED, candidate)
-            return True
+            return
         solution = self.program(candidate, self.costs.pipeline(candidate, self.levels), above, RELAXED_ROUNDS)
         bound = max(solution.bound + self.costs.step_seconds, above)
         if not solution.proven:
             self.push(bound, ROOM if bound > above * (1 + 1e-3) else RELAXED, candidate)
-        return True
 
     def try_simple(self, candidate: Decisions) -> Found | None:
         """The better of the plans that simple rules give, if they fit."""
@@ -313,15 +320,16 @@ class _Search:
         slower than the goal is not walked, nor, unless `every` one is asked for, than the fastest walk.
         """
         pool = self.paths.setdefault(_shape(candidate), {})
-        fixed, whole = self.costs.step_seconds, graph(*_shape(candidate))
+        fixed = self.costs.step_seconds
         found = self.walks.get(candidate)
         if found is None:
-            rough = bounds.regular_bounds(self.costs, candidate, self.levels)
+            rough = bounds.regular_bounds(self.costs, candidate, self.levels, recomputed=self.recomputed(candidate, pipeline))
             found = {sizes: (bound + fixed, False) for bound, group in rough for sizes in group}
         best = min((bound for bound, walked in found.values() if walked), default=math.inf)
         for sizes, (bound, walked) in sorted(found.items(), key=lambda item: (item[1], item[0])):
             if walked or (not self.shared and bound >= self.goal) or (bound >= best and not every):
                 continue
+            whole = graph(*_shape(candidate))
             seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
             shown = max((path_seconds(path, seconds) for path in pool), default=0.0) + fixed
             if shown >= self.goal and not self.shared:
@@ -334,42 +342,48 @@ class _Search:
         self.walks[candidate] = found
         return sorted((bound, sizes) for sizes, (bound, _) in found.items())
 
+    def recomputed(self, candidate: Decisions, pipeline: Pipeline) -> Callable[[tuple[int, ...]], tuple[float, ...]]:
+        """What each rank of a regular cut must recompute, from the mean of its fullest moments."""
+        means = mean_in_flight(*_shape(candidate))
+        needs = self.costs.bytes(candidate).values()
+        slack = max(0.0, *(-min(need.forward_transient, need.backward_transient, need.weight_transient) for need in needs))
+        return lambda sizes: forced_in_the_mean(pipeline, greedy.place(pipeline, list(sizes)), means, slack)
+
     def dive(self) -> None:
         """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
-        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches / 3), node.item)
+        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches / 8), node.item)
                  for node in self.queue if isinstance(node.item, Degrees)]  # fmt: skip
         looks: list[tuple[float, tuple[Any, ...], Decisions]] = []
         for _, degrees in sorted(rough)[:DIVE_DEGREES]:
             choice = sequence_parallel_choices(self.inputs, degrees, self.constraints)[0]
             for order in sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))[:1]:
-                zeros = {zero for name, _ in schedules(self.inputs, degrees, self.constraints) for zero in
-                         zero_stages(degrees, name, self.constraints)}  # fmt: skip
+                zeros = set(zero_stages(degrees, self.constraints))
                 for zero in sorted(zeros & {1, 3} or zeros):
                     layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
                     looks.append((self.look(layout), _plainness(layout), layout))
         guesses = [guess for _, _, layout in heapq.nsmallest(DIVE_LAYOUTS, looks) for guess in self.guesses(layout)]
         fitting = 0
         for _, _, candidate in heapq.nsmallest(DIVE_TRIES, guesses):
+            if bounds.rank_rooms(self.costs, candidate, least_in_flight(*_shape(candidate)), self.levels) is None:
+                continue
             fitting += self.try_simple(candidate) is not None
             if fitting == DIVE_FITTING:
                 break
 
     def look(self, layout: Decisions) -> float:
-        """A guess of the step time with a schedule that fills and drains in a third of 1F1B's time."""
+        """A guess of the step time with a schedule that fills and drains in an eighth of 1F1B's time."""
         rooms = bounds.rank_rooms(self.costs, layout, least_in_flight(*_shape(layout)), self.levels)
         p, m = layout.pipeline_parallel, layout.num_microbatches
         if rooms is None:
             return math.inf
         tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
-        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + (p - 1) / 3) / p + tail
+        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + (p - 1) / 8) / p + tail
 
     def guesses(self, layout: Decisions) -> list[tuple[float, tuple[Any, ...], Decisions]]:
         """A guess of the step time with each schedule, which takes longer where stages can't be equal."""
         least, whole = bounds.least_stages(self.costs, layout, self.levels), self.whole(layout)
         layers, found = self.inputs.model.num_layers + 2, []
         for name, v in schedules(self.inputs, _degrees(layout), self.constraints):
-            if layout.zero_stage not in zero_stages(_degrees(layout), name, self.constraints):
-                continue
             candidate = replace(layout, schedule=name, num_virtual_stages=v)
             if v == 1:
                 guess = bounds.schedule_bound(candidate, whole, least)
@@ -382,24 +396,57 @@ class _Search:
             found.append((guess, _plainness(candidate), candidate))
         return found
 
-    def solve(self, candidate: Decisions, above: float) -> bool:
+    def solve(self, candidate: Decisions, above: float) -> float:
+        """Solves the ILP of a candidate, where cuts are regular one by one; gives the bound of what is not proven."""
         pipeline = self.costs.pipeline(candidate, self.levels)
-        if pipeline.patterns:
-            walks = self.pattern_walks(candidate, pipeline, every=True)
-            left = tuple(sizes for bound, sizes in walks if bound < self.goal * (1 - TOLERANCE))
-            if not left:
-                return True
-            pipeline = dataclasses.replace(pipeline, patterns=left)
-            if self.program(candidate, pipeline, above, 1).proven:
-                return True
-            if candidate in self.others:
-                start = counts_of(self.others[candidate].decisions, self.inputs.model, self.levels)
-                self.offer(candidate, pipeline, greedy.improve(pipeline, graph(*_shape(candidate)), start))
+        if not pipeline.patterns:
+            return self.solved(candidate, pipeline, above)
+        self.pattern_walks(candidate, pipeline, every=True)
+        left = math.inf
+        for bound, sizes in self.pattern_bounds(candidate, pipeline):
+            if bound >= self.goal * (1 - TOLERANCE):
+                break
+            one = dataclasses.replace(pipeline, patterns=(sizes,), forced=forced(pipeline, greedy.place(pipeline, list(sizes))).seconds)
+            relaxed = self.program(candidate, one, bound, 1)
+            if relaxed.proven:
+                continue
+            start = self.starting(candidate, one, sizes)
+            if start is not None:
+                better, paths = greedy.improve(one, graph(*_shape(candidate)), start)
+                self.offer(candidate, one, better)
+                self.paths.setdefault(_shape(candidate), {}).update(dict.fromkeys(paths))
+            left = min(left, self.solved(candidate, one, max(bound, relaxed.bound + self.costs.step_seconds)))
+        return left
+
+    def starting(self, candidate: Decisions, pipeline: Pipeline, sizes: tuple[int, ...]) -> Counts | None:
+        """Stages of these sizes that fit, if any are known or found at once."""
+        if candidate in self.others:
+            known = self.others[candidate].decisions
+            if tuple(stage.num_layers for stage in known.stages) == sizes:
+                return counts_of(known, self.inputs.model, self.levels)
+        return greedy.fit(pipeline, list(sizes))
+
+    def solved(self, candidate: Decisions, pipeline: Pipeline, above: float) -> float:
+        """Solves one ILP; gives its bound, or infinity where it is proven."""
         solution = self.program(candidate, pipeline, above)
         self.num_solved += 1
         if solution.counts is not None:
             self.offer(candidate, pipeline, solution.counts)
-        return solution.proven
+        return math.inf if solution.proven else max(above, solution.bound + self.costs.step_seconds)
+
+    def pattern_bounds(self, candidate: Decisions, pipeline: Pipeline) -> list[tuple[float, tuple[int, ...]]]:
+        """The regular cuts with their walk's bound, raised by the recomputation that each rank's memory forces, least first."""
+        shape, fixed = _shape(candidate), self.costs.step_seconds
+        found = []
+        for bound, sizes in self.pattern_walks(candidate, pipeline):
+            if bound < self.goal:
+                rows = greedy.place(pipeline, list(sizes))
+                need = forced(pipeline, rows)
+                if any(need.seconds):
+                    paths = [*rank_paths(*shape), *self.paths.get(shape, ())]
+                    bound = max(bound, path_bound(paths, stage_seconds(pipeline, rows), need, pipeline.ranks) + fixed)
+            found.append((bound, sizes))
+        return sorted(found)
 
     def program(self, candidate: Decisions, pipeline: Pipeline, above: float, relaxed_rounds: int | None = None) -> Solution:
         shape = _shape(candidate)
@@ -411,6 +458,7 @@ class _Search:
             paths=list(pool)[-MAX_PATHS:],
             lower_bound=above - self.costs.step_seconds,
             deadline=self.deadline,
+            patience=self.patience,
             solver=self.constraints.solver,
             relaxed_rounds=relaxed_rounds,
             start=counts_of(self.others[candidate].decisions, self.inputs.model, self.levels) if candidate in self.others else None,
@@ -448,11 +496,6 @@ def _degrees(decisions: Decisions) -> Degrees:
     return Degrees(
         decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
     )
-
-
-def _covers(zero_stage: int, other: int) -> bool:
-    """Whether a ZeRO stage can run every schedule that the other can."""
-    return zero_stage < 3 or other == 3
 
 
 def _plainness(item: Degrees | Decisions) -> tuple[Any, ...]:

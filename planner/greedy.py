@@ -111,16 +111,19 @@ def _relieve(pipeline: Pipeline, rows: Rows, moment: Moment, over: float) -> int
     return stage
 
 
-def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) -> Counts:
+def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) -> tuple[Counts, tuple[Path, ...]]:
     """Stages that take no longer: recomputation undone, or moved to another stage of its rank, where that shortens the critical path.
 
     The cuts stay. Each change is kept only if its rank still fits and the walk is shorter; at most `tries` walks are made.
+    The critical paths on the way are given too.
     """
+    seen: dict[Path, None] = {}
     by_rank: dict[int, list[Moment]] = {}
     for moment in pipeline.moments:
         by_rank.setdefault(moment.rank, []).append(moment)
     length, paths = graph.critical_paths(stage_seconds(pipeline, counts))
     while tries > 0:
+        seen.update(dict.fromkeys(paths))
         for change in _shortenings(pipeline, counts, paths[0]):
             changed = _changed(counts, change)
             rank = pipeline.ranks[change[0][0]]
@@ -135,8 +138,9 @@ def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) 
             if tries <= 0:
                 break
         else:
-            return counts
-    return counts
+            break
+    seen.update(dict.fromkeys(paths))
+    return counts, tuple(seen)
 
 
 Change = tuple[tuple[int, int, int, int], ...]

@@ -110,6 +110,8 @@ class Pipeline:
     """Seconds of a rank's optimizer by its parameters."""
     patterns: tuple[tuple[int, ...], ...] = ()
     """Layers per stage that may be chosen from; empty for any."""
+    forced: tuple[float, ...] = ()
+    """Seconds by which recomputation must lengthen the layers of each rank together, as `planner.forced` finds; empty for none."""
     edges: tuple[Edge, ...] = ()
     """What crossing a boundary between stages costs, where it is not the same for every cut."""
     slowness: tuple[float, ...] = ()
@@ -187,7 +189,7 @@ class StageLoad(NamedTuple):
     transients: dict[str, float]
 
 
-def stage_load(pipeline: Pipeline, rows: Sequence[Sequence[int]]) -> StageLoad:
+def stage_load(pipeline: Pipeline, rows: Sequence[Sequence[float]]) -> StageLoad:
     """Bytes of a stage with these layers by run and option."""
     states = saved = deferred = active = forward = backward = weights = 0.0
     for run, row in zip(pipeline.runs, rows, strict=True):
@@ -203,7 +205,7 @@ def stage_load(pipeline: Pipeline, rows: Sequence[Sequence[int]]) -> StageLoad:
     return StageLoad(states, saved, deferred, active, {"F": forward, "B": backward, "W": weights})
 
 
-def stage_loads(pipeline: Pipeline, counts: Counts) -> list[StageLoad]:
+def stage_loads(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) -> list[StageLoad]:
     """Bytes of every stage."""
     found = [stage_load(pipeline, rows) for rows in counts]
     for stage, edge, _, leaves, _ in _edge_uses(pipeline, counts):

@@ -29,7 +29,7 @@ from planner.memory import predict_memory
 from planner.network import axis_group
 from planner.pipeline import excess_bytes, stage_seconds
 from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
-from planner.timing import predict_time
+from planner.timing import TimePrediction, predict_time
 
 GIB = 2**30
 PARTS = {
@@ -85,12 +85,13 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
         for key in _differences(best.decisions, other):
             chosen.setdefault(key, (found_seconds, other))
     kept = list(dict.fromkeys([*fitting[:2], *sorted(chosen.values(), key=lambda item: item[0])]))[: constraints.num_runners_up]
+    own_time = predict_time(costs.inputs, best.decisions)
     found = [
         RunnerUp(
             decisions=plan,
             step_seconds=seconds,
             peak_bytes=max(need.total_bytes for need in predict_memory(costs.inputs, plan)),
-            why_not=why_slower(costs.inputs, best.decisions, plan),
+            why_not=why_slower(costs.inputs, own_time, plan),
         )
         for seconds, plan in kept
     ]
@@ -122,7 +123,7 @@ def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> It
     """Candidates that differ from a plan in one decision, and stay within the constraints."""
     own = replace(best, stages=())
     degrees = Degrees(best.tensor_parallel, best.pipeline_parallel, best.data_parallel, best.micro_batch_size, best.num_microbatches)
-    for zero in zero_stages(degrees, best.schedule, constraints):
+    for zero in zero_stages(degrees, constraints):
         yield replace(own, zero_stage=zero)
     for order in rank_orders(degrees, constraints):
         yield replace(own, rank_order=order)
@@ -130,7 +131,7 @@ def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> It
         yield replace(own, sequence_parallel=choice)
     for name in SCHEDULES:
         variants = [v for schedule, v in schedules(inputs, degrees, constraints) if schedule == name]
-        if variants and best.zero_stage in zero_stages(degrees, name, constraints):
+        if variants:
             wanted = min(variants, key=lambda v: (abs(v - max(best.num_virtual_stages, 2)), v))
             yield replace(own, schedule=name, num_virtual_stages=wanted)
     for other in all_degrees(inputs, constraints):
@@ -151,9 +152,9 @@ def _differences(best: Decisions, other: Decisions) -> list[tuple[str, object]]:
     return [(name, getattr(other, name)) for name in names if getattr(best, name) != getattr(other, name)]
 
 
-def why_slower(inputs: Inputs, best: Decisions, other: Decisions) -> str:
+def why_slower(inputs: Inputs, best: TimePrediction, other: Decisions) -> str:
     """What the slower plan loses, the largest parts first, and what it wins back."""
-    a, b = predict_time(inputs, best), predict_time(inputs, other)
+    a, b = best, predict_time(inputs, other)
     total = (b.time.step_seconds or 0.0) - (a.time.step_seconds or 0.0)
     if total <= 1e-6 * (a.time.step_seconds or 1.0):
         return "as fast; the plan that was taken is the plainer one"
@@ -258,7 +259,7 @@ def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, f
         for schedule, v in schedules(inputs, degrees, constraints):
             if v > max(2, constraints.fixed.num_virtual_stages or 0):
                 continue
-            zeros, choices = zero_stages(degrees, schedule, constraints), sequence_parallel_choices(inputs, degrees, constraints)
+            zeros, choices = zero_stages(degrees, constraints), sequence_parallel_choices(inputs, degrees, constraints)
             for zero in zeros[-2:]:
                 for choice in choices[:1]:
                     plan = decisions_of(degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice)
@@ -292,12 +293,19 @@ def repairs(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[s
             if name == "recompute":
                 value = "the levels that the ILP chooses"
             text = f"{flag} {'1.0' if flag == '--memory-fraction' else value}" if name or flag == "--memory-fraction" else f"allow {flag}"
-            found.append((plan[0], f"{text}: a step of {duration(plan[0])}"))
+            found.append((plan[0], f"{text} ({degrees_in_words(plan[1], name)}): a step of {duration(plan[0])}"))
     yield from (text for _, text in sorted(found))
     more = more_gpus(inputs, constraints)
     if more is not None:
         yield more
     yield f"GPUs with {gib(need + inputs.cluster.gpu.reserved_bytes)} of memory or more"
+
+
+def degrees_in_words(decisions: Decisions, left_out: str = "") -> str:
+    """The degrees of a plan that are above 1: "tp 8, pp 8"."""
+    names = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "dp": "data_parallel"}
+    words = [f"{short} {getattr(decisions, name)}" for short, name in names.items() if name != left_out and getattr(decisions, name) > 1]
+    return ", ".join(words) or "no parallelism"
 
 
 def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
@@ -317,7 +325,7 @@ def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
             continue
         plan = _quick(larger, relaxed)
         if plan is not None:
-            return f"{count} GPUs: a step of {duration(plan[0])}"
+            return f"{count} GPUs ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
     return None
 
 

@@ -10,7 +10,7 @@ from planner.candidates import Constraints
 from planner.chain import Costs
 from planner.errors import SolverError
 from planner.estimate import predict
-from planner.explore import explore
+from planner.explore import Outcome, explore
 from planner.plan import Inputs, Plan, SolverReport, check, digest
 from planner.solver import TOLERANCE
 
@@ -38,7 +38,7 @@ def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
         predictions=predict(inputs, decisions),
         solver=SolverReport(
             name=outcome.solver,
-            status="optimal" if outcome.proven else "not proven: cores are shared" if outcome.shared else "time limit",
+            status=_status(outcome),
             objective_seconds=outcome.best.seconds,
             bound_seconds=outcome.best.seconds if gap <= TOLERANCE else outcome.bound,
             gap_fraction=0.0 if gap <= TOLERANCE else gap,
@@ -49,3 +49,11 @@ def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
             reasons=reasons.why(costs, outcome),
         ),
     )
+
+
+def _status(outcome: Outcome) -> str:
+    if outcome.proven:
+        return "optimal"
+    if outcome.shared:
+        return "not proven: cores are shared"
+    return "time limit" if outcome.late else "gap accepted"

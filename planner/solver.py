@@ -20,6 +20,7 @@ Variables, the first two rows integer:
     Σ_{r,o} x[s,r,o] >= 1                                                 no stage is empty             _no_empty_stage
       or, where sizes are restricted to patterns k, = Σ_k size[k,s] π[k], Σ π[k] = 1, π binary          _one_pattern
     F[s] = Σ f[r,o] x[s,r,o]  (B, I, W alike)                             seconds of a stage            _stage_seconds
+    Σ_{s on the rank, r, o} (seconds of o - of the fastest) x[s,r,o] >= what its memory forces, in whole layers      _forced
     R[s] >= g Σ parameters_r x[s,r,o] + g' for each piece (g, g')          its reduction                 _reduce_seconds
     Σ_{s on the rank} Σ (e_r + k_s a[r,o] + l_s a'[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment   _memory
         of each rank that can be its peak: k_s micro-batches of stage s saved, l_s deferred (their weight gradients are
@@ -47,17 +48,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from planner.critical_path import Graph, Key, Path, path_seconds
 from planner.errors import SolverError
+from planner.greedy import improve
 from planner.pipeline import Counts, Edge, Moment, Option, Piece, Pipeline, Run, excess_bytes, moment_bytes, stage_loads, stage_seconds
 
 __all__ = [
-    "TOLERANCE", "Counts", "Edge", "Moment", "Option", "Piece", "Pipeline", "Run", "Solution", "excess_bytes", "moment_bytes", "solve_pipeline",
-    "stage_loads", "stage_seconds",
+    "TOLERANCE", "Counts", "Edge", "Moment", "Option", "Patience", "Piece", "Pipeline", "Run", "Solution", "excess_bytes", "moment_bytes",
+    "solve_pipeline", "stage_loads", "stage_seconds",
 ]  # fmt: skip
 
 TOLERANCE = 1e-6
@@ -67,8 +69,10 @@ TIE_BREAK = 1e-7
 recomputation is found; bounds are lowered by as much."""
 MOMENTS_AT_ONCE = 5
 """Violated moments of a rank that are added to a program before it is solved again."""
-RELAXED_PROGRESS = 1e-3
-"""Rounds of the linear relaxation end when one raises the bound by no more than this share."""
+RELAXED_PROGRESS, STALLED_ROUNDS = 1e-3, 3
+"""Rounds of the linear relaxation end when so many in a row raise the bound by no more than this share."""
+NEARLY = 0.05
+"""Stages of an integer program are improved by hand where they are no more than this share slower than the best known."""
 _SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
 
 
@@ -89,6 +93,17 @@ class Solution:
     num_programs: int
 
 
+class Patience(NamedTuple):
+    """CPU-seconds of this process after which a small gap is accepted."""
+
+    until: float
+    """A `time.process_time()`."""
+    gap: float
+
+    def left(self) -> float:
+        return self.until - time.process_time()
+
+
 def solve_pipeline(
     pipeline: Pipeline,
     graph: Graph,
@@ -100,11 +115,13 @@ def solve_pipeline(
     deadline: float | None = None,
     solver: str | None = None,
     relaxed_rounds: int | None = None,
+    patience: Patience | None = None,
 ) -> Solution:
     """The stages with the least walked step time, if they take less than `cutoff` seconds.
 
     `start` are stages that fit, near which paths are looked for first, and `paths` known paths of the same graph; both
     only save time. `deadline` is a `time.monotonic()`, `solver` "HiGHS" or "CBC" (default: the first that is installed).
+    Once `patience` has run out, a bound within its gap of the best known is enough.
     With `relaxed_rounds` at most so many linear relaxations are solved and no integer program, for the bound alone.
     Raises SolverError when no solver is installed or the one chosen fails.
     """
@@ -114,11 +131,15 @@ def solve_pipeline(
     middle = stage_seconds(pipeline, start) if start else None
     if middle:
         program.add_paths(graph.critical_paths(middle)[1])
-    best, best_seconds, bound, integer, relaxed = None, math.inf, lower_bound, False, 0.0
+    best, best_seconds, bound, integer, relaxed, stalled = None, math.inf, lower_bound, False, 0.0, 0
     while True:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return program.solution(best, best_seconds, bound, False)
+        if patience is not None and bound >= min(best_seconds, cutoff) * (1 - patience.gap):
+            if patience.left() <= 0:
+                return program.solution(best, best_seconds, bound, False)
+            left = min(left or math.inf, patience.left())
         outcome = program.run(integer, left)
         if outcome.infeasible:
             return program.solution(best, best_seconds, max(bound, min(best_seconds, cutoff)), True)
@@ -129,7 +150,9 @@ def solve_pipeline(
             return program.solution(best, best_seconds, bound, False)
         if not integer:
             done = program.separate(graph, stage_seconds(pipeline, outcome.values), middle, outcome.bound)
-            done = done or outcome.bound < relaxed * (1 + RELAXED_PROGRESS)
+            fits = not program.add_violated_moments(outcome.values)
+            stalled = stalled + 1 if outcome.bound < relaxed * (1 + RELAXED_PROGRESS) else 0
+            done = (done and fits) or stalled == STALLED_ROUNDS
             relaxed = outcome.bound
             if relaxed_rounds is not None and (done or program.num_programs >= relaxed_rounds):
                 return program.solution(None, math.inf, bound, False)
@@ -139,7 +162,11 @@ def solve_pipeline(
         violated = program.add_violated_moments(counts)
         seconds = stage_seconds(pipeline, counts)
         length, critical = graph.critical_paths(seconds)
-        if not violated and length < best_seconds:
+        if pipeline.patterns and not violated and best_seconds > length * (1 - NEARLY):
+            counts, critical = improve(pipeline, graph, counts)
+            seconds = stage_seconds(pipeline, counts)
+            length = graph.longest(seconds)
+        if not violated and length < min(best_seconds, cutoff):
             best, best_seconds, middle = counts, length, seconds
             program.lower_cutoff(length)
         if best is not None and bound >= best_seconds * (1 - TOLERANCE):
@@ -182,6 +209,7 @@ class _Program:
             self._one_pattern()
         else:
             self._no_empty_stage()
+        self._forced()
         self.seconds = self._stage_seconds()
         total = _SCALE * TIE_BREAK / (self.second * _typical_seconds(pipeline))
         self.problem.setObjective(pulp.LpAffineExpression([(self.step, 1.0), *((stage, total) for stage in self.seconds.values())]))
@@ -235,6 +263,20 @@ class _Program:
         for s, rows in enumerate(self.x):
             sizes = [(variable, -float(pattern[s])) for variable, pattern in zip(chosen, patterns, strict=True)]
             self._add([(x, 1.0) for row in rows for x in row] + sizes, 0, 0.0)
+
+    def _forced(self) -> None:
+        """What memory makes each rank recompute: implied by `_memory` and whole layers, but not by fractions of them."""
+        pipeline = self.pipeline
+        for rank, least in enumerate(pipeline.forced):
+            if least:
+                terms = [
+                    (x, sum(option.seconds(kind) - run.options[0].seconds(kind) for kind in pipeline.kinds) / least)
+                    for s, owner in enumerate(pipeline.ranks)
+                    if owner == rank
+                    for run, row in zip(pipeline.runs, self.x[s], strict=True)
+                    for option, x in zip(run.options, row, strict=False)
+                ]
+                self._add(terms, 1, 1.0 - 1e-9)
 
     def _done(self, stage: int, run: int) -> list[tuple[Any, float]]:
         """Whether a run of one layer lies on this stage or before."""
@@ -392,7 +434,7 @@ class _Program:
             self._add([(found, 1.0), *self._parameters([stage], -piece.slope)], 1, piece.intercept * self.second)
         return found
 
-    def add_violated_moments(self, counts: Counts) -> int:
+    def add_violated_moments(self, counts: Sequence[Sequence[Sequence[float]]]) -> int:
         """Adds the fullest violated moments of each rank; says how many there were."""
         violated: dict[int, list[tuple[float, Moment]]] = {}
         loads = stage_loads(self.pipeline, counts)
@@ -416,7 +458,7 @@ class _Program:
         if time_limit is not None:
             options["timeLimit"] = max(time_limit, 0.01)
         try:
-            self.problem.solve(_SOLVERS[self.solver](pulp, gapAbs=TOLERANCE, **options))
+            self.problem.solve(_SOLVERS[self.solver](pulp, gapAbs=TOLERANCE * (_SCALE / 10 if self.pipeline.patterns else 1.0), **options))
         except (pulp.PulpError, OSError, RuntimeError, ValueError) as error:
             raise SolverError(f"{self.solver} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
         status, detail = self.problem.status, self.problem.sol_status
