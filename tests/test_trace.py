@@ -80,6 +80,25 @@ def broken():
     raise RuntimeError("no\nweights here")
 
 
+class Separable(nn.Module):
+    """A depthwise convolution, and an LSTM over its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.rnn = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.LSTM(8, 5, batch_first=True)
+        self.example_inputs = torch.zeros(1, 6, 8, 8)
+
+    def forward(self, x):
+        return self.rnn(self.deep(x).flatten(1, 2))[0]
+
+
+def test_flops_of_grouped_convolutions_and_lstms():
+    model = trace_model(f"{HERE}:Separable", "fp32")
+    deep, rnn = 2 * 6 * 64 * 9, 2 * 48 * 4 * 5 * (8 + 5)
+    assert [flops_of(model.cost(index)) for index in (0, 1)] == [deep, rnn]
+    assert flops(model, 1, "backward") == deep + 2 * rnn  # the image needs no gradient
+
+
 def real_step(module, inputs):
     """FLOPs of forward and backward, and bytes that autograd keeps beside parameters, buffers and inputs, of a real step."""
     known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}

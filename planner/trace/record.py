@@ -87,15 +87,12 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
 
     def work(func: Any, args: Any, kwargs: Any, out: Any, moved: float) -> Work:
         name, count = str(func), flop_registry.get(func._overloadpacket)
-        if count is not None:
-            return Work("attention" if "attention" in name else "matmul", float(count(*args, **kwargs, out_val=out)), moved)
-        if "scaled_dot_product" not in name:
+        own = _own_count(name, args)
+        if own is not None:
+            return Work("attention" if "attention" in name else "matmul", own, moved)
+        if count is None:
             return Work("elementwise", 0.0, moved)
-        # the CPU's fused attention: two products forward; five backward, one of them the scores again
-        first = 1 if "backward" in name else 0
-        query, key = args[first], args[first + 1]
-        product = 2.0 * query.numel() * key.shape[-2]
-        return Work("attention", (5 if first else 2) * product, moved)
+        return Work("attention" if "attention" in name else "matmul", float(count(*args, **kwargs, out_val=out)), moved)
 
     def forward(func: Any, args: Any, kwargs: Any, out: Any) -> None:
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -198,6 +195,24 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
             handle.remove()
         module.zero_grad(set_to_none=True)
     return Trace(nodes, saved, made_by, readers, outputs)
+
+
+def _own_count(name: str, args: Any) -> float | None:
+    """FLOPs of operations that PyTorch's counter lacks or gets wrong; None for all others."""
+    if "scaled_dot_product_flash_attention_for_cpu" in name:
+        # two products forward; five backward, one of them the scores again
+        first = 1 if "backward" in name else 0
+        query, key = args[first], args[first + 1]
+        return float((5 if first else 2) * 2.0 * query.numel() * key.shape[-2])
+    if "convolution_backward" in name and args[9] > 1:  # grouped: the counter takes the weights' gradient as if it were not
+        gradient, read, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
+        rows = read.numel() if transposed else gradient.numel()
+        return float(2.0 * rows * (weight.numel() / weight.shape[0]) * sum(wanted[:2]))
+    if "rnn_layer" in name:
+        rows = args[0].numel() / args[0].shape[-1]
+        matrices = sum(item.numel() for item in args[1:5] if hasattr(item, "dim") and item.dim() == 2)
+        return float(2.0 * rows * matrices * (2 if "backward" in name else 1))
+    return None
 
 
 def _tensors(value: Any, torch: Any) -> Iterator[Any]:
