@@ -4,9 +4,9 @@ from planner.cluster import load_cluster
 from planner.defaults import Fixed, complete, repairs, shortage
 from planner.errors import InputError
 from planner.estimate import fits, memory_wall, offload_rows, predict
-from planner.memory import layer_bytes, predict_memory
+from planner.memory import in_flight, layer_bytes, predict_memory
 from planner.model import load_model, presets
-from planner.plan import Decisions, Inputs, Training, even_stages
+from planner.plan import Decisions, Inputs, Training, even_stages, stage_blocks
 from planner.states import local_parameters, state_bytes
 
 GB = 1e9
@@ -93,20 +93,53 @@ def test_zero_divides_what_its_table_says(dp: int, stage: int, expected: float) 
     assert states / model.num_parameters * 7.5 == pytest.approx(expected, rel=0.01)
 
 
-def test_deepspeeds_rows_for_llama_2_7b() -> None:
+@pytest.mark.parametrize(
+    ("model", "printed"),
+    [
+        (
+            "llama-2-7b",
+            {
+                ("cpu", "cpu", True): (0.49, 169.44),
+                ("none", "cpu", True): (3.63, 150.62),
+                ("none", "none", True): (28.73, 2.93),
+                ("none", "none", False): (28.73, 150.62),
+            },
+        ),
+        ("llama-2-13b", {("cpu", "cpu", True): (0.61, 327.29), ("none", "cpu", True): (6.67, 290.93), ("none", "none", True): (55.16, 3.66)}),
+    ],
+)
+def test_deepspeeds_rows(model: str, printed: dict[tuple[str, str, bool], tuple[float, float]]) -> None:
     """Its estimator's printed GiB for 4 GPUs on one node (gpu, host), by offload of parameters and optimizer and zero.Init."""
-    completed = asked("llama-2-7b", "a100-80gb:4", zero_stage=3)
+    completed = asked(model, "a100-80gb:4", zero_stage=3)
     rows = {(row.offload_param, row.offload_optimizer, row.zero_init): row for row in offload_rows(completed.inputs, completed.decisions)}
-    printed = {
-        ("cpu", "cpu", True): (0.49, 169.44),
-        ("none", "cpu", True): (3.63, 150.62),
-        ("none", "none", True): (28.73, 2.93),
-        ("none", "none", False): (28.73, 150.62),
-    }
     assert len(rows) == 6
     for key, (gpu, host) in printed.items():
         assert rows[key].gpu_bytes / GIB == pytest.approx(gpu, rel=0.01)
         assert rows[key].cpu_bytes / GIB == pytest.approx(host, rel=0.01)
+    for param, optimizer, init in rows:  # where parameters lie on the GPU says all of its figure
+        assert rows[param, optimizer, init].gpu_bytes == rows[param, optimizer, True].gpu_bytes
+    host = {key: row.cpu_bytes for key, row in rows.items()}
+    assert host["cpu", "cpu", False] == host["cpu", "cpu", True] and host["none", "cpu", False] == host["none", "cpu", True]
+
+
+@pytest.mark.parametrize("profile", ["meshwright", "megatron"])
+def test_gpt3_keeps_6_2_gb_of_checkpointed_activations_on_its_first_rank(profile: str) -> None:
+    """TP 8, PP 8 in 3 stages a rank of 4 blocks each, full recomputation: 31 stages' inputs of 2·s·b·h bytes a block in flight on rank 0
+    (Narayanan et al. 2021, section 2.2), and an eighth of it under sequence parallelism (Korthikanti et al. 2022, section 5)."""
+    held = {}
+    for sequence_parallel in (False, True):
+        training = Training(global_batch_size=64, sequence_length=2048, profile=profile)  # type: ignore[arg-type]
+        fixed = Fixed(
+            tensor_parallel=8, pipeline_parallel=8, recompute="full", micro_batch_size=1, schedule="Interleaved1F1B", num_virtual_stages=3,
+            sequence_parallel=sequence_parallel,
+        )  # fmt: skip
+        completed = complete(load_model("gpt3"), load_cluster("a100-80gb:64"), training, fixed, batch_given=True)
+        kept = layer_bytes(completed.inputs, completed.decisions, "block", "full").saved
+        counts = in_flight(completed.decisions)
+        blocks = [len(stage_blocks(stage, completed.inputs.model)) for stage in completed.decisions.stages]
+        held[sequence_parallel] = sum(kept * counts[stage] * blocks[stage] for stage in (0, 8, 16))
+    assert held[False] == pytest.approx(6.2 * GB, rel=0.01)
+    assert held[True] == pytest.approx(held[False] / 8)
 
 
 def megatron(model: str, level: str, tp: int, sequence_parallel: bool) -> tuple[float, Inputs]:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from plans import make_plan
 
+from planner.memory import predict_memory
 from planner.plan import Memory, Plan
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 
-from executor.dry_run import dry_run, dry_run_plan, steady_microbatches  # noqa: E402
+from executor.dry_run import dry_run, dry_run_in_process, dry_run_plan, steady_microbatches  # noqa: E402
 from executor.mesh import make_mesh  # noqa: E402
 from executor.train import RunOptions, Trainer  # noqa: E402
 
@@ -27,7 +28,14 @@ def real_memory(plan: Plan) -> Memory:
 
 
 @pytest.mark.parametrize("model", ["tiny-gpt", "tiny-llama"])
-@pytest.mark.parametrize("changes", [{}, {"recompute": "selective"}, {"recompute": "full"}, {"precision": "fp32"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"recompute": "selective"}, {"recompute": "full"}, {"precision": "fp32"},
+        {"attention": "unfused"}, {"attention": "unfused", "recompute": "selective"}, {"attention": "unfused", "recompute": "full"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_one_rank_takes_what_the_dry_run_says(model: str, changes: dict[str, Any]) -> None:
     plan = make_plan(model, "cpu:1", micro=2, m=2, sequence_length=32, **changes)
     assert dry_run(plan, 0) == real_memory(plan)
@@ -52,3 +60,18 @@ def test_each_pipeline_rank_gets_a_process_of_its_own() -> None:
     document = dry_run_plan(plan)
     assert [(row.pipeline_rank, row.rank) for row in document.pipeline_ranks] == [(0, 0), (1, 2)]
     assert document.pipeline_ranks[1].memory == dry_run(plan, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["fused", "unfused"])
+def test_gpt3_on_1024_ranks_in_a_minute_and_two_gigabytes(attention: str) -> None:
+    """The first rank of 175B parameters, in a process of its own; its peak is the predicted one."""
+    import resource
+
+    plan = make_plan(
+        "gpt3", "a100-80gb:1024", tp=8, pp=8, dp=16, m=64, zero_stage=1, sequence_parallel=True, recompute="selective", attention=attention
+    )
+    row = dry_run_in_process(plan, 0)
+    assert row.wall_seconds < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 10**9
+    assert row.memory.total_bytes == pytest.approx(predict_memory(plan.inputs, plan.decisions)[0].total_bytes, rel=0.01)
