@@ -14,6 +14,7 @@ A point is the median over steps of a step's sums, for a step's time is a sum.
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from executor.clock import clock_offsets
 from executor.data import Data, open_tokens
 from executor.measure import Record
 from executor.mesh import Axis, Mesh, coordinates_of, make_mesh
@@ -64,8 +66,7 @@ class Found(NamedTuple):
 
     steps: list[StepPoint]
     messages: list[MessagePoint]
-    late_receives: list[float]
-    """Seconds, the mean of each plan."""
+    late_receives: list[MessagePoint]
 
 
 def short_plans(device: str, num_ranks: int, per_node: int) -> list[Short]:
@@ -202,13 +203,21 @@ class _Step(NamedTuple):
 def train_shortly(device: torch.device, num_ranks: int, per_node: int, say: Any) -> Found:
     """Every rank takes part in every plan."""
     found = Found([], [], [])
+    shifts: list[Any] = [[offset.nanoseconds for offset in clock_offsets(socket.gethostname(), device) or ()]]
+    dist.broadcast_object_list(shifts, 0)
     for short in short_plans(device.type, num_ranks, per_node):
-        ranks = _train(short, device)
+        ranks = [[_shifted(step, shift) for step in steps] for steps, shift in zip(_train(short, device), shifts[0], strict=True)]
         found.steps.append(_step_point(short, ranks))
         if short.decisions.pipeline_parallel > 1:
             _add_messages(found, short, ranks, per_node)
         say(f"trained {_name(short.decisions)}: {1e3 * statistics.median(step.seconds for step in ranks[0]):.0f} ms a step")
     return found
+
+
+def _shifted(step: _Step, nanoseconds: int) -> _Step:
+    """On the first rank's clock."""
+    records = [record._replace(start=record.start + nanoseconds, end=record.end + nanoseconds) for record in step.records]
+    return _Step(records, [call._replace(start=call.start + nanoseconds) for call in step.calls], step.seconds)
 
 
 def _name(decisions: Decisions) -> str:
@@ -278,10 +287,10 @@ def _rest(steps: tuple[_Step, ...]) -> float:
 
 
 def _add_messages(found: Found, short: Short, ranks: list[list[_Step]], per_node: int) -> None:
-    """Messages whose receiver waited for them, and receives that came late, between ranks of a node, whose clock is the same."""
+    """Messages whose receiver waited for them, and receives that came late: the means of a plan, inside nodes and across."""
     size = short.decisions.micro_batch_size * short.sequence_length * short.model.hidden_size * (4 if short.precision == "fp32" else 2)
-    waited: list[float] = []
-    late: list[float] = []
+    waited: dict[bool, list[float]] = {True: [], False: []}
+    late: dict[bool, list[float]] = {True: [], False: []}
     for steps in zip(*ranks, strict=True):
         for lane in _lanes(short.decisions):
             sent = {
@@ -292,13 +301,11 @@ def _add_messages(found: Found, short: Short, ranks: list[list[_Step]], per_node
                 for record in steps[rank].records:
                     if record.kind.startswith("RECV"):
                         sender, send = sent[record.kind[-1], record.stage, record.microbatch]
-                        if sender // per_node == rank // per_node:
-                            came_late = record.start > send.start
-                            (late if came_late else waited).append((record.end - (record.start if came_late else send.start)) / 1e9)
-    if waited:
-        found.messages.append(MessagePoint(size, statistics.fmean(waited), inside=True, in_training=True))
-    if late:
-        found.late_receives.append(statistics.fmean(late))
+                        came_late = record.start > send.start
+                        seconds = (record.end - (record.start if came_late else send.start)) / 1e9
+                        (late if came_late else waited)[sender // per_node == rank // per_node].append(seconds)
+    for points, values in ((found.messages, waited), (found.late_receives, late)):
+        points += [MessagePoint(size, statistics.fmean(values[inside]), inside, True) for inside in (True, False) if values[inside]]
 
 
 def _lanes(decisions: Decisions) -> list[list[int]]:

@@ -115,8 +115,8 @@ class Measurements(NamedTuple):
     collectives: tuple[CollectivePoint, ...] = ()
     messages: tuple[MessagePoint, ...] = ()
     steps: tuple[StepPoint, ...] = ()
-    late_receives: tuple[float, ...] = ()
-    """Seconds of receives whose messages were sent before."""
+    late_receives: tuple[MessagePoint, ...] = ()
+    """How long receives took whose messages had been sent before."""
     reserved_bytes: int = 0
 
 
@@ -132,6 +132,10 @@ class Residual(NamedTuple):
 class Fit(NamedTuple):
     cluster: ClusterSpec
     residuals: tuple[Residual, ...]
+
+
+RENDEZVOUS_SECONDS = 1e-6
+"""`Efficiency.receive_seconds` where late receives were seen, but none inside a node: they take their message's time."""
 
 
 def fit(measured: Measurements) -> Fit:
@@ -393,7 +397,8 @@ def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
         ]
         efficiency = replace(efficiency, step_seconds=max(0.0, statistics.median(left)))
     if measured.late_receives:
-        efficiency = replace(efficiency, receive_seconds=statistics.fmean(measured.late_receives))
+        inside = [point.seconds for point in measured.late_receives if point.inside]
+        efficiency = replace(efficiency, receive_seconds=statistics.fmean(inside) if inside else RENDEZVOUS_SECONDS)
     return replace(cluster, efficiency=efficiency)
 
 

@@ -94,8 +94,8 @@ class Efficiency(Document, frozen=True, kw_only=True):
     """At which buffers that are made anew are filled and first read, page faults and cold caches included: the weights that ZeRO-3 gathers,
     the gradients that ZeRO-2 and 3 make for each micro-batch. Null where that is not counted."""
     receive_seconds: float = 0.0
-    """Least time of a receive between pipeline stages, whose message was sent long before: where a message only begins to move when its
-    receiver asks for it (gloo), the sender's transport must first get a core."""
+    """Above 0 where a message between pipeline stages only begins to move when its receiver asks for it (gloo), however long before it was
+    sent: then a receive takes this at least, for the sender's transport must first get a core, and as long as the message takes."""
     step_seconds: float = 0.0
     """Fixed cost of a step on this machine: loading data, adding up the loss, logging."""
     source: str = ""

@@ -71,6 +71,7 @@ def shared_walk(
     ranks = [_Rank(actions) for actions in lists]
     owned = [frozenset(actions) for actions in lists]
     arrivals: dict[tuple[str, int, int], float] = {}
+    transfers: dict[tuple[str, int, int], float] = {}
     ends: set[Action] = set()
     last_stage = max((action.stage for actions in lists for action in actions), default=0)
     events: list[Event] = []
@@ -92,14 +93,17 @@ def shared_walk(
         kind, stage, microbatch = action
         if kind.startswith("SEND"):
             neighbour = stage + 1 if kind == "SEND_F" else stage - 1
-            arrivals["RECV_" + kind[-1], neighbour, microbatch] = now + transfer_seconds(action)
+            message = ("RECV_" + kind[-1], neighbour, microbatch)
+            transfers[message] = transfer_seconds(action)
+            arrivals[message] = now + transfers[message]
             finish(index, rank)
             return True
         if kind.startswith("RECV"):
             arrival = arrivals.get(action)
             if arrival is None:
                 return False
-            rank.state, rank.until = "waiting", max(rank.start + receive_seconds, now, arrival)
+            least = max(receive_seconds, transfers[action]) if receive_seconds > 0.0 else 0.0
+            rank.state, rank.until = "waiting", max(rank.start + least, now, arrival)
             return True
         if kind in "FBI" and not _ready(action, last_stage, ends, owned[index]):
             return False

@@ -59,12 +59,13 @@ def simulate(
 
     `seconds` is the time of a compute, REDUCE or OPTIMIZER action, `transfer_seconds` of a message, given its SEND
     action, from the start of the send to its arrival. A rank does one action at a time in the order of its list. A send
-    holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived, and at least
-    `receive_seconds`.
+    holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived. With
+    `receive_seconds` above 0 a message only begins to move when it is asked for: a receive takes that long and its transfer's time at least.
     """
     clocks = [0.0] * len(lists)
     positions = [0] * len(lists)
     arrivals: dict[tuple[str, int, int], float] = {}
+    transfers: dict[tuple[str, int, int], float] = {}
     ends: dict[Action, float] = {}
     events: list[Event] = []
     remaining = sum(len(actions) for actions in lists)
@@ -84,16 +85,21 @@ def simulate(
                     clock = start + seconds(action)
                     ends[action] = clock
                 elif kind == "SEND_F":
-                    arrivals["RECV_F", stage + 1, microbatch] = start + transfer_seconds(action)
+                    message = ("RECV_F", stage + 1, microbatch)
+                    transfers[message] = transfer_seconds(action)
+                    arrivals[message] = start + transfers[message]
                     clock = start + (blocking_send_seconds(action) if blocking_send_seconds else 0.0)
                 elif kind == "SEND_B":
-                    arrivals["RECV_B", stage - 1, microbatch] = start + transfer_seconds(action)
+                    message = ("RECV_B", stage - 1, microbatch)
+                    transfers[message] = transfer_seconds(action)
+                    arrivals[message] = start + transfers[message]
                     clock = start + (blocking_send_seconds(action) if blocking_send_seconds else 0.0)
                 elif kind in ("RECV_F", "RECV_B"):
                     arrival = arrivals.get(action)
                     if arrival is None:
                         break
-                    clock = max(clock + receive_seconds, arrival)
+                    least = max(receive_seconds, transfers[action]) if receive_seconds > 0.0 else 0.0
+                    clock = max(clock + least, arrival)
                 else:
                     clock = start + seconds(action)
                 events.append(Event(rank, kind, stage, microbatch, start, clock))

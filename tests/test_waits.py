@@ -45,6 +45,16 @@ def test_late_receives_lengthen_the_walk_and_the_timeline_alike(schedule, virtua
     assert min(event.end - event.start for event in timeline.events if event.kind.startswith("RECV")) >= 0.002 - 1e-12
 
 
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_messages_that_wait_to_be_asked_for_take_their_time_in_the_receive(schedule, virtual):
+    slow = with_constants(receive_seconds=1e-6)
+    slow = replace(slow, intra_node=replace(slow.intra_node, latency_seconds=0.004))
+    inputs, decisions = case(slow, schedule, virtual, pipeline_parallel=2)
+    timeline = predict_timeline(inputs, decisions)
+    assert timeline.end == pytest.approx(predict_time(inputs, decisions).time.step_seconds, rel=1e-9)
+    assert min(event.end - event.start for event in timeline.events if event.kind.startswith("RECV")) >= 0.004
+
+
 def test_late_receives_count_where_ranks_share_cores():
     shared = replace(with_constants(receive_seconds=0.003), cores_per_node=1, gpus_per_node=2)
     timeline = predict_timeline(*case(shared, pipeline_parallel=2))
