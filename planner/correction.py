@@ -58,7 +58,13 @@ def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, 
         seen = sum(_durations(timeline.events, kinds)) * to_median
         if expected > 0 and seen > 0:
             found[name] = _bounded(seen / expected)
+    if decisions.zero_stage == 3:
+        expected = sum(_durations(predicted.events, ("F", "B", "I", "W", "REDUCE"))) * copies
+        seen = sum(_durations(timeline.events, ("F", "B", "I", "W", "REDUCE"))) * to_median
+        found = dict.fromkeys(("forward", "backward", "reduction"), _bounded(seen / expected)) if expected > 0 else {}
     for name, kind in (("reduction", "REDUCE"), ("optimizer", "OPTIMIZER")):
+        if name in found:
+            continue
         expected, seen = _together(predicted.events, kind), _together(timeline.events, kind) * to_median
         if expected > 0 and seen > 0:
             found[name] = _bounded(seen / expected)
@@ -66,6 +72,9 @@ def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, 
     expected_transits = [event.end - event.start for event in _messages(predicted)]
     if transits and expected_transits:
         found["messages"] = _bounded(statistics.median(transits) * to_median / statistics.median(expected_transits))
+    late = _late(timeline, run)
+    if late and inputs.cluster.efficiency.receive_seconds > 0 and axis_group(inputs.cluster, decisions, "pp").nodes == 1:
+        found["late receives"] = _bounded(statistics.fmean(late) * to_median / inputs.cluster.efficiency.receive_seconds)
     return found
 
 
@@ -89,13 +98,31 @@ def _together(events: Iterable[Event], kind: str) -> float:
     return sum(max(event.end for event in same) - max(event.start for event in same) for same in stages.values())
 
 
-def _messages(timeline: Timeline, places: dict[int, tuple[int, int]] | None = None) -> list[Event]:
-    """Each message from the start of its send to the end of its receive, where the receiver was waiting by then."""
-    sends = {
+def _late(timeline: Timeline, run: Run) -> list[float]:
+    """Seconds of the receives whose message had been sent before."""
+    places = {rank.rank: (rank.coordinates.dp, rank.coordinates.tp) for rank in run.ranks}
+    sends = _sends(timeline, places)
+    found = []
+    for event in timeline.events:
+        if event.kind.startswith("RECV"):
+            sent = sends.get((event.kind[-1], event.stage, event.microbatch, places[event.rank]))
+            if sent is not None and event.start > sent.start:
+                found.append(event.end - event.start)
+    return found
+
+
+def _sends(timeline: Timeline, places: dict[int, tuple[int, int]] | None) -> dict[tuple[str, int, int, tuple[int, int] | None], Event]:
+    """Each send by what its receive is called."""
+    return {
         (event.kind[-1], event.stage + (1 if event.kind == "SEND_F" else -1), event.microbatch, places[event.rank] if places else None): event
         for event in timeline.events
         if event.kind.startswith("SEND")
     }
+
+
+def _messages(timeline: Timeline, places: dict[int, tuple[int, int]] | None = None) -> list[Event]:
+    """Each message from the start of its send to the end of its receive, where the receiver was waiting by then."""
+    sends = _sends(timeline, places)
     found = []
     for event in timeline.events:
         if not event.kind.startswith("RECV"):
@@ -127,7 +154,11 @@ def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]
         cluster = _slower_collectives(cluster, decisions, "dp", ratios["reduction"])
     if "messages" in ratios:
         cluster = _slower_messages(cluster, decisions, ratios["messages"])
-    return cluster
+    if "late receives" in ratios:
+        receive = cluster.efficiency.receive_seconds * ratios["late receives"]
+        cluster = replace(cluster, efficiency=replace(cluster.efficiency, receive_seconds=receive))
+    waits = ratios.get("reduction", 1.0) if decisions.tensor_parallel == 1 else (forward + backward) / 2
+    return replace(cluster, efficiency=replace(cluster.efficiency, wait_seconds=cluster.efficiency.wait_seconds * waits))
 
 
 def _optimizer_scaled(corrected: Inputs, decisions: Decisions, inputs: Inputs, ratio: float) -> ClusterSpec:
