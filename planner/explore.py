@@ -399,6 +399,7 @@ class _Search:
     def solve(self, candidate: Decisions, above: float) -> float:
         """Solves the ILP of a candidate, where cuts are regular one by one; gives the bound of what is not proven."""
         pipeline = self.costs.pipeline(candidate, self.levels)
+        self.num_solved += 1
         if not pipeline.patterns:
             return self.solved(candidate, pipeline, above)
         self.pattern_walks(candidate, pipeline, every=True)
@@ -429,7 +430,6 @@ class _Search:
     def solved(self, candidate: Decisions, pipeline: Pipeline, above: float) -> float:
         """Solves one ILP; gives its bound, or infinity where it is proven."""
         solution = self.program(candidate, pipeline, above)
-        self.num_solved += 1
         if solution.counts is not None:
             self.offer(candidate, pipeline, solution.counts)
         return math.inf if solution.proven else max(above, solution.bound + self.costs.step_seconds)

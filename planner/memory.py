@@ -218,17 +218,18 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
 def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
     """What a rank needs at most beside its layers: the step's batch, tables of positions, the optimizer's chunk, what passes between two of
     its own stages, and what it has sent; `decisions.stages` is not read."""
+    p, v = decisions.pipeline_parallel, decisions.num_virtual_stages
+    sent = min(p - 1, 2) * v * boundary_bytes(inputs, decisions) if decisions.schedule in IN_TURN_SCHEDULES else 0
+    own = 2 * boundary_bytes(inputs, decisions) if p > 1 and v > 1 else 0
     if inputs.training.profile == "megatron":
-        return 0
+        return own + sent
     tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
     chunk = 0
     if inputs.training.precision == "mixed-bf16":
         kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
         units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
         chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
-    p = decisions.pipeline_parallel
-    messages = 0 if p == 1 else 2 + (min(p - 1, 2) * decisions.num_virtual_stages if decisions.schedule in IN_TURN_SCHEDULES else 0)
-    return 16 * tokens + position_bytes(inputs, decisions) + chunk + messages * boundary_bytes(inputs, decisions)
+    return 16 * tokens + position_bytes(inputs, decisions) + chunk + own + sent
 
 
 def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int, decisions: Decisions) -> Peak:

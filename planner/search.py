@@ -43,7 +43,7 @@ def search(inputs: Inputs, constraints: Constraints | None = None) -> Plan:
             bound_seconds=outcome.best.seconds if gap <= TOLERANCE else outcome.bound,
             gap_fraction=0.0 if gap <= TOLERANCE else gap,
             num_candidates=outcome.num_candidates,
-            num_pruned=outcome.num_candidates - outcome.num_solved,
+            num_pruned=outcome.num_candidates - max(outcome.num_solved, 1),
             wall_seconds=outcome.wall_seconds,
             runners_up=reasons.runners_up(costs, asked, outcome),
             reasons=reasons.why(costs, outcome),
