@@ -45,3 +45,8 @@ def resnet(width: int, blocks: tuple[int, ...], image: int, classes: int) -> tup
 def build() -> tuple[nn.Module, tuple[torch.Tensor]]:
     """For images of 32 x 32, such as CIFAR-10's."""
     return resnet(32, (2, 2, 2), 32, 10)
+
+
+def large() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """For images of 224 x 224; about 64 million parameters."""
+    return resnet(64, (3, 4, 12, 4), 224, 1000)
