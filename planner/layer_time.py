@@ -54,8 +54,8 @@ class _Parts(NamedTuple):
 
 
 def software_of(inputs: Inputs) -> Software:
-    """The program whose time is predicted, by the training profile."""
-    program = load_software(inputs.training.profile)
+    """The program whose time is predicted: the one that the training inputs name, or their profile's."""
+    program = load_software(inputs.training.program or inputs.training.profile, "training.program")
     fixed = inputs.cluster.efficiency.step_seconds
     return replace(program, step_seconds=program.step_seconds + fixed) if fixed else program
 

@@ -93,6 +93,8 @@ class Training(Document, frozen=True, kw_only=True):
     optimizer: Optimizer = "adam"
     profile: Profile = "meshwright"
     """Whose implementation is costed: this package's executor, or Megatron-LM's published formulas."""
+    program: str | None = None
+    """The program whose step time is predicted, of planner/data/software.json; null for the profile's."""
     attention: Attention | None = None
     """Whether attention is one operation that never stores the scores, or three that do. None: as the profile has it, fused in
     `meshwright`; the formula of `megatron` stores the scores."""

@@ -15,6 +15,7 @@ from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
 from planner.plan import ATTENTIONS, RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
+from planner.software import load_software
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
@@ -35,6 +36,7 @@ class Request:
     precision: str
     optimizer: str
     profile: str
+    program: str | None
     attention: str | None
     memory_fraction: float
     tensor_parallel: int | None
@@ -123,6 +125,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--precision", type=choice(PRECISIONS), default="mixed-bf16", show_default=True, help="mixed-bf16: 2 + 2 + 12 bytes a parameter."),
     click.option("--optimizer", type=choice(OPTIMIZERS), default="adam", show_default=True),
     click.option("--profile", type=choice(PROFILES), default="meshwright", show_default=True, help="Whose implementation's memory is predicted."),
+    click.option(
+        "--program", help="Another program whose step time to predict, such as megatron-2021, nemo or torchtitan. Default: that of the profile."
+    ),
     click.option(
         "--attention", type=choice(ATTENTIONS), help="fused: scores are never stored (default); unfused: they are, which megatron's formula assumes."
     ),
@@ -245,12 +250,15 @@ def training_of(request: Request, model: ModelSpec, default_batch: int | None) -
     batch = request.global_batch_size or default_batch
     if batch is None:
         raise InputError("--global-batch-size", None, "it is required here: the samples of one optimizer step")
+    if request.program is not None:
+        load_software(request.program, "--program")
     return Training(
         global_batch_size=batch,
         sequence_length=sequence_length_of(request, model),
         precision=request.precision,  # type: ignore[arg-type]
         optimizer=request.optimizer,  # type: ignore[arg-type]
         profile=request.profile,  # type: ignore[arg-type]
+        program=request.program,
         attention=request.attention or ("fused" if request.profile == "meshwright" else None),  # type: ignore[arg-type]
         memory_fraction=request.memory_fraction,
     )
