@@ -310,7 +310,7 @@ class _Search:
         for choice in choices:
             counts = greedy.fit(pipeline, choice)
             if counts is not None:
-                self.offer(candidate, pipeline, counts)
+                self.offer(candidate, pipeline, counts, fits=True)
         return self.others.get(candidate)
 
     def pattern_walks(self, candidate: Decisions, pipeline: Pipeline, *, every: bool = False) -> list[tuple[float, tuple[int, ...]]]:
@@ -467,12 +467,12 @@ class _Search:
         pool.update(dict.fromkeys(solution.paths))
         return solution
 
-    def offer(self, candidate: Decisions, pipeline: Pipeline, counts: Counts) -> None:
+    def offer(self, candidate: Decisions, pipeline: Pipeline, counts: Counts, *, fits: bool = False) -> None:
         """Takes a plan that fits, if it is the best so far, and remembers it for comparison."""
-        if excess_bytes(pipeline, counts)[0] > 1e-9 * abs(pipeline.limits[0]):
+        if not fits and excess_bytes(pipeline, counts)[0] > 1e-9 * abs(pipeline.limits[0]):
             return
         plan = replace(candidate, stages=stages_of(candidate, counts, self.levels))
-        if self.shared:
+        if self.shared or self.inputs.cluster.efficiency.receive_seconds > 0.0:  # neither is in the graph
             seconds = predict_time(self.inputs, plan).time.step_seconds or math.inf
         else:
             seconds = graph(*_shape(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
