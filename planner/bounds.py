@@ -133,7 +133,8 @@ def regular_bounds(
     embedding, head, message = seconds["embedding", "none"], seconds["head", "none"], costs.least_message(decisions)
     split = decisions.schedule in SPLIT_BACKWARD_SCHEDULES
     tail = max(tail_of(costs, decisions), key=lambda item: item.slope)
-    each = m * (block.forward + block.backward) + tail.slope * costs.parameters(decisions, "block")
+    tail_block, tail_head = (tail.slope * costs.parameters(decisions, kind) for kind in ("block", "head"))
+    each = m * (block.forward + block.backward) + tail_block
     ends = [0.0] * p
     for rank, time, kind in ((0, embedding, "embedding"), (0 if decisions.schedule == "ZBVZeroBubble" else p - 1, head, "head")):
         ends[rank] += m * (time.forward + time.backward) + tail.slope * costs.parameters(decisions, kind)  # type: ignore[arg-type]
@@ -147,8 +148,8 @@ def regular_bounds(
             taken = cut.held[rank] * each + ends[rank] + down
             if not split and rank:
                 up = cut.before[rank] * block.backward + embedding.backward + rank * message
-                tails = tail.slope * (cut.held[rank] * costs.parameters(decisions, "block")) + max(tail.intercept, 0.0)
-                taken += max(0.0, up - tails - tail.slope * costs.parameters(decisions, "head"))
+                tails = cut.held[rank] * tail_block + max(tail.intercept, 0.0)
+                taken += max(0.0, up - tails - tail_head)
             if more:
                 taken += m * more[rank]
             if taken > slowest:

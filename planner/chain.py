@@ -80,6 +80,7 @@ class Costs:
         self.step_seconds = self.software.step_seconds
         """Fixed cost of a step, on top of the walk."""
         self._seconds: dict[object, dict[Layer, LayerSeconds]] = {}
+        self._parameters: dict[tuple[int, LayerKind], float] = {}
         self._pieces: dict[object, tuple[Piece, ...]] = {}
         self._optimizer: dict[object, Piece] = {}
         self._blocks: dict[object, LayerSeconds] = {}
@@ -135,7 +136,11 @@ class Costs:
 
     def parameters(self, decisions: Decisions, kind: LayerKind) -> float:
         """Of one layer on one tensor-parallel rank."""
-        return parameters_per_rank(self.inputs.model, decisions.tensor_parallel, kind)
+        key = decisions.tensor_parallel, kind
+        found = self._parameters.get(key)
+        if found is None:
+            found = self._parameters[key] = parameters_per_rank(self.inputs.model, *key)
+        return found
 
     def total_parameters(self, decisions: Decisions) -> float:
         """Of the whole chain on one tensor-parallel rank."""

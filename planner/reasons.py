@@ -27,7 +27,7 @@ from planner.estimate import capacity_bytes
 from planner.explore import Outcome, explore
 from planner.memory import predict_memory
 from planner.network import axis_group
-from planner.pipeline import excess_bytes, stage_seconds
+from planner.pipeline import stage_seconds
 from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
 from planner.timing import TimePrediction, predict_time
 
@@ -108,7 +108,7 @@ def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...
     best: tuple[float, Decisions] | None = None
     for sizes in choices:
         counts = greedy.fit(pipeline, sizes)
-        if counts is not None and excess_bytes(pipeline, counts)[0] <= 0:
+        if counts is not None:
             plan = replace(candidate, stages=stages_of(candidate, counts, levels))
             if shares_cores(costs.inputs.cluster, costs.inputs.cluster.num_gpus):
                 seconds = predict_time(costs.inputs, plan).time.step_seconds or math.inf
