@@ -22,6 +22,8 @@ def _traced(request: Request) -> TracedModel:
 
     if request.profile != "meshwright":
         raise InputError("--profile", request.profile, "meshwright is the only profile for a traced module")
+    if request.program is not None:
+        raise InputError("--program", request.program, "a traced module is timed for the executor only")
     if request.precision not in ("fp32", "bf16", "mixed-bf16"):
         raise InputError("--precision", request.precision, "fp32, bf16 or mixed-bf16 is expected")
     return trace_model(request.model, request.precision, request.sequence_length)
