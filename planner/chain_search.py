@@ -20,13 +20,15 @@ from planner.candidates import AXES, Constraints, Degrees, decisions_of, divisor
 from planner.chain_bounds import ChainBound
 from planner.chain_costs import LEVELS, ChainCosts, counts_of, predict, stages_of, step_seconds
 from planner.chain_plan import CHAIN_SCHEDULES, CHAIN_ZERO_STAGES, ChainInputs, ChainPlan, check_chain
-from planner.critical_path import graph
+from planner.critical_path import Path, graph
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.pipeline import Counts, Pipeline, excess_bytes, stage_seconds
 from planner.plan import Axis, Decisions, RunnerUp, SolverReport, digest, replace
 from planner.solver import TOLERANCE, solve_pipeline
 
 GIB = 2**30
+MAX_PATHS = 48
+"""Critical paths of a schedule that are handed on from one program to the next."""
 
 
 class Candidate(NamedTuple):
@@ -121,11 +123,13 @@ class _Search:
         self.seconds = math.inf
         self.others: dict[Decisions, tuple[Decisions, float]] = {}
         self.solver = "HiGHS"
+        self.paths: dict[tuple[str, int, int, int], dict[Path, None]] = {}
+        """Critical paths that programs of a schedule have found, which bound all others of it."""
         self.fixed = costs.inputs.cluster.efficiency.step_seconds
 
     def run(self) -> Outcome:
         every = candidates(self.costs, self.constraints)
-        queue = [Candidate(self.work(decisions), _plainness(decisions), decisions) for decisions in every]
+        queue = [Candidate(self.work(decisions), _plainness(decisions), decisions) for decisions in self.undominated(every)]
         heapq.heapify(queue)
         opened: set[Decisions] = set()
         bound, proven, solved = math.inf, not self.costs.shared, 0
@@ -157,6 +161,17 @@ class _Search:
         bound = min(bound, self.seconds)
         return Outcome(self.best, self.seconds, bound, proven, len(every), solved, self.solver, self.others)
 
+    def undominated(self, every: list[Decisions]) -> list[Decisions]:
+        """Without those that another placement or ZeRO stage is at least as good as in every figure."""
+        kept: dict[tuple[Any, ...], list[tuple[Decisions, tuple[float, ...]]]] = {}
+        for decisions in sorted(every, key=_plainness):
+            figures = _figures(self.costs.pipeline(decisions, self.levels))
+            group = kept.setdefault((decisions.pipeline_parallel, decisions.micro_batch_size, decisions.schedule), [])
+            if not any(_no_worse(other, figures) for _, other in group):
+                group[:] = [(one, other) for one, other in group if not _no_worse(figures, other)]
+                group.append((decisions, figures))
+        return [decisions for group in kept.values() for decisions, _ in group]
+
     def work(self, decisions: Decisions) -> float:
         """The mean rank's work and the fill of the pipeline: a bound for any stages."""
         p, m, b = decisions.pipeline_parallel, decisions.num_microbatches, decisions.micro_batch_size
@@ -168,9 +183,12 @@ class _Search:
     def solve(self, decisions: Decisions, pipeline: Pipeline, at: float) -> tuple[float, bool]:
         """Gives the candidate to the integer program; the bound that it reaches, and whether that settles it."""
         known = self.others.get(decisions)
+        shape = (decisions.schedule, decisions.pipeline_parallel, 1, decisions.num_microbatches)
+        pool = self.paths.setdefault(shape, {})
         solution = solve_pipeline(
             pipeline,
-            graph(decisions.schedule, decisions.pipeline_parallel, 1, decisions.num_microbatches),
+            graph(*shape),
+            paths=list(pool)[-MAX_PATHS:],
             cutoff=self.seconds - self.fixed,
             start=counts_of(known[0].stages, self.costs.model.num_layers, self.levels) if known else None,
             lower_bound=at - self.fixed,
@@ -178,6 +196,7 @@ class _Search:
             solver=self.constraints.solver,
         )
         self.solver = solution.solver
+        pool.update(dict.fromkeys(solution.paths))
         self.offer(decisions, pipeline, solution.counts)
         return solution.bound + self.fixed, solution.proven
 
@@ -204,6 +223,18 @@ class _Search:
         close = abs(seconds - self.seconds) <= TOLERANCE * seconds
         if self.best is None or (seconds < self.seconds and not close) or (close and _plainness(plan) < _plainness(self.best)):
             self.best, self.seconds = plan, min(seconds, self.seconds) if close else seconds
+
+
+def _figures(pipeline: Pipeline) -> tuple[float, ...]:
+    """All in which candidates with the same degrees, micro-batch and schedule differ; less is better in each."""
+    fixed = [pipeline.fixed_seconds[key] for key in sorted(pipeline.fixed_seconds)]
+    messages = [edge.message * pipeline.slow(stage) for edge in pipeline.edges for stage in range(pipeline.num_stages - 1)]
+    pieces = [value for piece in (*pipeline.reduce_pieces, pipeline.optimizer_piece) for value in piece]
+    return (*(run.states for run in pipeline.runs), *fixed, *messages, *pieces)
+
+
+def _no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(a <= b + 1e-12 * abs(b) for a, b in zip(one, other, strict=True))
 
 
 def _plainness(decisions: Decisions) -> tuple[Any, ...]:

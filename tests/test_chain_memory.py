@@ -11,7 +11,7 @@ from planner.cluster import load_cluster
 from planner.plan import Decisions, Training
 from planner.trace import trace_model
 
-BATCH = 8
+BATCH = 4
 
 
 def measured(module, example):
