@@ -3,8 +3,8 @@
 For every schedule, p in {2, 4, 8} ranks and m in {4, 8, 16} micro-batches, even and uneven stages: the plan is rehearsed by
 `executor.rehearse` (what `plan run --rehearse` runs), its bubble is measured with the function that measures simulated
 timelines, and compared with the simulator's, which is given the machine's fixed costs: how late a sleeping process wakes,
-how long a send holds its rank, and how long a message takes. Those three are measured at each p on one case of its own
-(Naive, 4 micro-batches of another model) that is not among the compared ones. The prediction without them stands beside.
+how long a send holds its rank, how long a message takes, and a receive whose message was sent before. These are measured at each p on
+two cases of their own (Naive and 1F1B of another model) that are not among the compared ones. The prediction without them stands beside.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Costs(NamedTuple):
     late: float
     send: float
     message: float
+    receive: float
+
+
+NO_COSTS = Costs(0.0, 0.0, 0.0, 0.0)
 
 
 class Case(NamedTuple):
@@ -87,7 +91,8 @@ def predicted(plan: Plan, lines: Script, costs: Costs) -> float:
         return costs.late + lines.seconds[action.kind, action.stage] if action.kind in COMPUTE_KINDS else 0.0
 
     timeline = simulate(
-        plan_actions(plan.decisions), seconds, lambda action: max(costs.message, costs.send), blocking_send_seconds=lambda action: costs.send
+        plan_actions(plan.decisions), seconds, lambda action: max(costs.message, costs.send), blocking_send_seconds=lambda action: costs.send,
+        receive_seconds=costs.receive,
     )
     return bubble_fraction(timeline)
 
@@ -119,10 +124,13 @@ def rehearse(plan: Plan, steps: int) -> list[Timeline]:
     return found
 
 
-def costs_of(lines: Script, timelines: list[Timeline]) -> Costs:
+def costs_of(runs: list[tuple[Script, list[Timeline]]]) -> Costs:
     """The medians over all actions of the steps but the first."""
-    late, sends, messages = [], [], []
-    for timeline in timelines[1:]:
+    late: list[float] = []
+    sends: list[float] = []
+    messages: list[float] = []
+    receives: list[float] = []
+    for lines, timeline in ((lines, timeline) for lines, timelines in runs for timeline in timelines[1:]):
         starts = {(event.kind[-1], event.stage + (1 if event.kind == "SEND_F" else -1), event.microbatch): event.start
                   for event in timeline.events if event.kind.startswith("SEND")}  # fmt: skip
         for event in timeline.events:
@@ -134,7 +142,9 @@ def costs_of(lines: Script, timelines: list[Timeline]) -> Costs:
                 sent = starts[event.kind[-1], event.stage, event.microbatch]
                 if event.start <= sent:
                     messages.append(event.end - sent)
-    return Costs(*(statistics.median(values) for values in (late, sends, messages)))
+                else:
+                    receives.append(event.end - event.start)
+    return Costs(*(statistics.median(values or [0.0]) for values in (late, sends, messages, receives)))
 
 
 def work(rank: int, world: int, store: str, microbatches: list[int], steps: int, output: str) -> None:
@@ -142,9 +152,11 @@ def work(rank: int, world: int, store: str, microbatches: list[int], steps: int,
     import json
 
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    reference = make_plan(REFERENCE, load_cluster("cpu"), pp=world, num_microbatches=4, schedule="Naive")
-    timelines = rehearse(reference, steps)
-    costs = costs_of(shortened(reference), timelines) if rank == 0 else Costs(0, 0, 0)
+    references = [
+        make_plan(REFERENCE, load_cluster("cpu"), pp=world, num_microbatches=count, schedule=name) for name, count in (("Naive", 4), ("1F1B", 12))
+    ]
+    runs = [(shortened(plan), rehearse(plan, steps)) for plan in references]
+    costs = costs_of(runs) if rank == 0 else NO_COSTS
     rows = []
     for case in cases(world, microbatches):
         timelines = rehearse(case.plan, steps)
@@ -154,7 +166,7 @@ def work(rank: int, world: int, store: str, microbatches: list[int], steps: int,
         measured = statistics.median(bubble_fraction(timeline) for timeline in timelines[1:])
         row = {
             "schedule": case.schedule, "num_ranks": world, "num_microbatches": case.num_microbatches, "stages": case.stages, "measured": measured,
-            "predicted": predicted(case.plan, lines, costs), "predicted_without_costs": predicted(case.plan, lines, Costs(0, 0, 0)),
+            "predicted": predicted(case.plan, lines, costs), "predicted_without_costs": predicted(case.plan, lines, NO_COSTS),
         }  # fmt: skip
         rows.append(row)
         sys.stderr.write(f"{case.schedule} p {world} m {case.num_microbatches} {case.stages}: measured {100 * measured:.1f} %, "
@@ -194,8 +206,8 @@ def main() -> int:
     text = f"Rehearsed bubbles, {datetime.date.today()}, {processor()}\n\n" + table(header, cells)
     text += f"\nmean error {100 * statistics.fmean(errors):.2f} points, worst {100 * max(errors):.2f}; {within} of {len(errors)} within 2 points\n"
     for num_ranks, cost in costs.items():
-        late, send, message = (1e3 * cost[name] for name in ("late", "send", "message"))
-        text += f"machine costs at p {num_ranks}: wake-up {late:.3f} ms, send {send:.3f} ms, message {message:.3f} ms\n"
+        late, send, message, receive = (1e3 * cost[name] for name in Costs._fields)
+        text += f"machine costs at p {num_ranks}: wake-up {late:.3f} ms, send {send:.3f} ms, message {message:.3f} ms, receive {receive:.3f} ms\n"
     sys.stdout.write(text)
     write_results(options.output or f"{datetime.date.today()}-rehearsal", text, {"costs_seconds": costs, "rows": rows})
     return 0 if within == len(errors) else 4
