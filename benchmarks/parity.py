@@ -108,6 +108,11 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination("bloom", tp=4),
     combination("bloom", attention="unfused", tp=2, pp=2, schedule="1F1B", recompute="selective"),
     combination("bloom", dp=2, pp=2, schedule="ZBVZeroBubble", v=2, zero=3, recompute="full"),
+    combination("neox", tp=2, fast=True),
+    combination("neox", tp=2, pp=2, schedule="InterleavedZeroBubble", v=2, sp=True, recompute="selective"),
+    combination("neox", dp=2, tp=2, zero=3, sp=True, recompute="full"),
+    combination("gptj", tp=2, sp=True, fast=True),
+    combination("gptj", dp=2, pp=2, schedule="ZBVZeroBubble", v=2, zero=3),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -141,6 +146,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("tiny-gpt", {}),
     "llama": ("tiny-llama", {}),
     "bloom": ("tiny-gpt", {"position_embedding": "alibi", "num_position_embeddings": 0, "embedding_norm": True, "family": "bloom"}),
+    "neox": ("tiny-gpt", {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "tied_embeddings": False}),
+    "gptj": (
+        "tiny-gpt",
+        {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "num_norms_per_layer": 1, "qkv_bias": False,
+         "attention_output_bias": False, "head_bias": True, "tied_embeddings": False},
+    ),
 }
 """A preset, and what the family changes in it."""
 

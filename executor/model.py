@@ -32,9 +32,12 @@ def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> 
     if first >= last:
         raise InputError(f"{where}: decisions.tensor_parallel", tensor_parallel, f"some ranks would get none of {model.vocab_size} vocabulary rows")
     where = f"{where}: inputs.model"
-    for name, wanted in (("parallel_block", False), ("qk_norm", False), ("num_norms_per_layer", 2), ("final_norm", True)):
+    for name, wanted in (("qk_norm", False), ("final_norm", True)):
         if getattr(model, name) != wanted:
             raise InputError(f"{where}.{name}", getattr(model, name), f"the executor runs models with {wanted}")
+    norms = (1, 2) if model.parallel_block else (2,)
+    if model.num_norms_per_layer not in norms:
+        raise InputError(f"{where}.num_norms_per_layer", model.num_norms_per_layer, f"the executor runs such blocks with {norms[-1]}")
     if model.gated_ffn and model.activation == "relu":
         raise InputError(f"{where}.activation", model.activation, "a gated MLP needs silu or gelu")
 
@@ -81,7 +84,7 @@ def block_layout(model: ModelSpec, index: int, rank: int, degree: int) -> Layout
     down = Piece(f"{prefix}.mlp.down.weight", (h, f), 1, rank * inner, (rank + 1) * inner, out_std)
     entries = [
         *norm_entries(model, "norm1", f"{prefix}.attention.norm"),
-        *norm_entries(model, "norm2", f"{prefix}.mlp.norm"),
+        *(norm_entries(model, "norm2", f"{prefix}.mlp.norm") if model.num_norms_per_layer > 1 else ()),
         _rows("qkv.weight", projections("weight", (h,), std)),
         Entry("output.weight", output.local_shape, (output,), replicated=False),
         _rows("up.weight", ups("weight", (h,), std)),
@@ -143,6 +146,9 @@ class Shape:
     unfused_attention: bool = False
     alibi: torch.Tensor | None = None
     """[1, heads of this rank, sequence, sequence], added to the scores."""
+    parallel_block: bool = False
+    """Whether the MLP reads the block's input, as attention does."""
+    mlp_norm: str = "norm2"
 
 
 class Enter(torch.autograd.Function):
@@ -177,7 +183,7 @@ class Leave(torch.autograd.Function):
 
 
 def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, rope: Rope | None, lean: bool) -> torch.Tensor:
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block, its MLP after its attention or beside it."""
     qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, rope)
     if shape.unfused_attention:
         mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, shape.alibi)
@@ -185,15 +191,15 @@ def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, rope
         mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.alibi)
     del qkv
     if not shape.dropout:
-        x = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
+        attended = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
         del mixed
-        inner = NormLinear.apply(x, state, unit, "norm2", "up", lean, None)
-        out: torch.Tensor = RowLinear.apply(inner, x, state, unit, "down", True, lean)
+        inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
+        out: torch.Tensor = RowLinear.apply(inner, attended, state, unit, "down", True, lean)
         return out
-    x = x + F.dropout(RowLinear.apply(mixed, None, state, unit, "output", False, lean), shape.dropout)
+    attended = x + F.dropout(RowLinear.apply(mixed, None, state, unit, "output", False, lean), shape.dropout)
     del mixed
-    inner = NormLinear.apply(x, state, unit, "norm2", "up", lean, None)
-    return x + F.dropout(RowLinear.apply(inner, None, state, unit, "down", True, lean), shape.dropout)
+    inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
+    return attended + F.dropout(RowLinear.apply(inner, None, state, unit, "down", True, lean), shape.dropout)
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -254,7 +260,8 @@ def build_stages(
     alibi = rope = None
     if model.position_embedding == "alibi":
         alibi = make_alibi(sequence_length, model.num_attention_heads, rank * heads[0], (rank + 1) * heads[0], dtype, device)
-    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi)
+    mlp_norm = "norm1" if model.num_norms_per_layer == 1 else "norm2"
+    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi, model.parallel_block, mlp_norm)
     if model.position_embedding == "rope":
         rope = make_rope(sequence_length, heads[0] + heads[1], model.head_dim, model.rope_theta, device)
 

@@ -205,6 +205,8 @@ def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     row_linear_forward(tape, s)
     if lean:
         tape.give(s.inner)
+    if s.parallel:  # attention's output and the residual, which no norm reads
+        tape.give(s.row)
     if free:
         tape.live = before + s.row
 
@@ -232,15 +234,20 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
     if not split:
         tape.give(s.gathered + bias + s.up + (0 if lean else s.inner))
     norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
-    sum_gradients(tape, s, held=held or kept)
+    if s.parallel:
+        tape.take(0 if split else s.row)  # the block's input, which attention's norm still needs
+    else:
+        sum_gradients(tape, s, held=held or kept)
     tape.take(s.gathered)
     tape.take(s.query)
     tape.take(bias)
     if not split:
         tape.give(s.gathered + bias)
+    if s.parallel:
+        sum_gradients(tape, s, held=held or kept)
     attention_backward(tape, s, lean, split)
     norm_linear_backward(tape, s, s.qkv, lean, split, rope=True, bias=s.biases)
-    sum_gradients(tape, s, held=kept)
+    sum_gradients(tape, s, held=kept and not s.parallel)
 
 
 def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
@@ -254,7 +261,7 @@ def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
     tape.give(gradient + bias + s.up + (0 if lean else s.inner))
     norm_linear_weights(tape, s, s.up, lean, bias=s.biases)
     norm = s.stats + (s.late_gains if lean else s.row) + s.row + s.gains
-    tape.give(s.up + norm)
+    tape.give(s.up + norm - (s.row if s.parallel else 0))
     tape.give(gradient + bias + s.query)
     norm_linear_weights(tape, s, s.qkv, lean, bias=s.biases)
     tape.give(s.qkv + norm)

@@ -82,6 +82,8 @@ class Shape:
     gated: bool
     relu: bool
     biases: bool
+    parallel: bool
+    """Whether the MLP reads the block's input, as attention does."""
     split: bool
     """Whether t > 1."""
     sequence_parallel: bool
@@ -168,6 +170,7 @@ def _shape(
         gated=model.gated_ffn,
         relu=model.activation == "relu",
         biases=model.mlp_bias,
+        parallel=model.parallel_block,
         split=t > 1,
         sequence_parallel=sequence_parallel,
         positions=model.num_position_embeddings > 0,
