@@ -1,4 +1,4 @@
-"""One command for a machine with one GPU: `python3 benchmarks/gpu.py [-o NAME] [--packages FOLDER]`.
+"""One command for a machine with one GPU: `python3 benchmarks/gpu.py [-o NAME] [--packages FOLDER] [--device cpu]`.
 
 Needs torch 2.11 or newer with CUDA and the planner's own dependencies; where there is no network, bring what is missing along
 (`pip install --target FOLDER msgspec networkx psutil`, for that machine's Python) and name it with --packages. It
@@ -9,6 +9,8 @@ Needs torch 2.11 or newer with CUDA and the planner's own dependencies; where th
 4. measures tokens/s and MFU beside a plain PyTorch loop of the same shape.
 
 Results go to benchmarks/results/DATE-gpu.txt and .json, the cluster file to DATE-gpu-cluster.json. Exit status 2 without a GPU.
+With `--device cpu` it goes through the same motions on this machine's CPU with tiny models, in a minute, prints what it found and writes no
+results: to see that the command itself is whole before a GPU is lent.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,12 +40,14 @@ def python(*arguments: str, timeout: float = 400.0) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def models() -> dict[str, Any]:
-    """From 0.2 to 3 thousand million parameters, the shapes of GPT and Llama."""
+def models(device: str) -> dict[str, Any]:
+    """From 0.4 to 3 thousand million parameters, the shapes of GPT and Llama; tiny ones for a CPU."""
     from planner.model import load_model
     from planner.plan import replace
 
     gpt, llama = load_model("tiny-gpt"), load_model("tiny-llama")
+    if device == "cpu":
+        return {name: replace(shape, name=name) for name, shape in (("gpt-0.4b", gpt), ("llama-1b", llama), ("llama-3b", llama))}
     common = {"vocab_size": 32000, "max_sequence_length": SEQUENCE}
     return {
         "gpt-0.4b": replace(gpt, name="gpt-0.4b", num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
@@ -54,10 +59,10 @@ def models() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ten_plans(cluster: Any) -> list[tuple[str, Any]]:
+def ten_plans(cluster: Any, device: str) -> list[tuple[str, Any]]:
     from benchmarks.common import make_plan
 
-    shapes = models()
+    shapes = models(device)
     rows = [
         ("gpt-0.4b", 4, 2, "none", "mixed-bf16"), ("gpt-0.4b", 8, 1, "none", "mixed-bf16"), ("gpt-0.4b", 8, 2, "full", "mixed-bf16"),
         ("gpt-0.4b", 8, 2, "selective", "mixed-bf16"), ("gpt-0.4b", 2, 2, "none", "fp32"), ("llama-1b", 4, 2, "none", "mixed-bf16"),
@@ -66,10 +71,15 @@ def ten_plans(cluster: Any) -> list[tuple[str, Any]]:
     ]  # fmt: skip
     return [
         (f"{name} b{batch} m{m} {recompute} {precision}",
-         make_plan(shapes[name], cluster, micro_batch_size=batch, num_microbatches=m, sequence_length=SEQUENCE, recompute=recompute,
+         make_plan(shapes[name], cluster, micro_batch_size=batch, num_microbatches=m, sequence_length=length(device), recompute=recompute,
                    precision=precision))
         for name, batch, m, recompute, precision in rows
     ]  # fmt: skip
+
+
+def length(device: str) -> int:
+    """Of a sequence."""
+    return SEQUENCE if device == "cuda" else 128
 
 
 def big_plans() -> list[tuple[str, Any, int]]:
@@ -86,14 +96,14 @@ def big_plans() -> list[tuple[str, Any, int]]:
             ("llama-3-8b tp2 pp2 dp4 ZeRO-1, first stage", llama, 0)]  # fmt: skip
 
 
-def train(folder: str, plan: Any, steps: int) -> dict[str, Any] | None:
+def train(folder: str, plan: Any, steps: int, device: str) -> dict[str, Any] | None:
     """The run document of a plan, None when it failed."""
     from planner.documents import dumps
 
     plan_file, run_file = Path(folder) / "plan.json", Path(folder) / "run.json"
     plan_file.write_text(dumps(plan), encoding="utf-8")
     run_file.unlink(missing_ok=True)
-    done = python("-m", "executor", str(plan_file), "--steps", str(steps), "-o", str(run_file), "--data", "synthetic")
+    done = python("-m", "executor", str(plan_file), "--steps", str(steps), "-o", str(run_file), "--device", device)
     if done.returncode:
         sys.stderr.write(done.stderr[-800:] + "\n")
         return None
@@ -101,13 +111,13 @@ def train(folder: str, plan: Any, steps: int) -> dict[str, Any] | None:
     return found
 
 
-def dry_run(folder: str, plan: Any, rank: int) -> tuple[int, int] | None:
-    """Peak bytes of one rank with real tensors on this GPU, and the prediction for its pipeline rank."""
+def dry_run(folder: str, plan: Any, rank: int, device: str) -> tuple[int, int] | None:
+    """Peak bytes of one rank with real tensors on this GPU (fake ones with a CPU), and the prediction for its pipeline rank."""
     from planner.documents import dumps
 
     plan_file, output = Path(folder) / "big.json", Path(folder) / "dry.json"
     plan_file.write_text(dumps(plan), encoding="utf-8")
-    done = python("-m", "executor.dry_run", str(plan_file), "--rank", str(rank), "--device", "cuda", "--output", str(output))
+    done = python("-m", "executor.dry_run", str(plan_file), "--rank", str(rank), "--device", device, "--output", str(output))
     if done.returncode:
         sys.stderr.write(done.stderr[-800:] + "\n")
         return None
@@ -115,7 +125,7 @@ def dry_run(folder: str, plan: Any, rank: int) -> tuple[int, int] | None:
     return found["memory"]["total_bytes"], plan.predictions.pipeline_ranks[found["pipeline_rank"]].memory.total_bytes
 
 
-def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: int) -> float:
+def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: int, device: str) -> float:
     """Seconds of a step of an ordinary PyTorch Llama in bf16 with fused AdamW, nothing of this package in it."""
     import torch
     import torch.nn.functional as F
@@ -142,17 +152,18 @@ def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: 
             return x + self.down(F.silu(gate) * up)
 
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    with torch.device(device):
         embedding, blocks = nn.Embedding(model.vocab_size, h), nn.ModuleList(Block() for _ in range(model.num_layers))
         norm, head = nn.RMSNorm(h), nn.Linear(h, model.vocab_size, bias=False)
         whole = nn.ModuleList([embedding, blocks, norm, head]).to(torch.bfloat16)
-        angles = torch.outer(torch.arange(SEQUENCE), 1.0 / model.rope_theta ** (torch.arange(0, d, 2) / d)).repeat(1, 2)[:, None]
+        angles = torch.outer(torch.arange(length(device)), 1.0 / model.rope_theta ** (torch.arange(0, d, 2) / d)).repeat(1, 2)[:, None]
         cosine, sine = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
-        tokens = torch.randint(0, model.vocab_size, (micro_batch_size, SEQUENCE + 1))
+        tokens = torch.randint(0, model.vocab_size, (micro_batch_size, length(device) + 1))
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-4, fused=True)
     seconds = []
     for _ in range(steps):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(num_microbatches):
             x = embedding(tokens[:, :-1])
@@ -163,7 +174,7 @@ def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: 
         torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
@@ -172,6 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-gpu)")
     parser.add_argument("--packages", metavar="FOLDER", help="where packages that this Python lacks lie")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same motions with tiny models, no results written")
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     if options.packages:
@@ -183,8 +195,9 @@ def main() -> int:
     except ImportError:
         sys.stderr.write("error: this benchmark needs torch 2.11 or newer\n")
         return 2
-    if not torch.cuda.is_available():
-        sys.stderr.write("error: no CUDA GPU is visible: this benchmark measures one; on CPUs, benchmarks/step_time.py does the same\n")
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("error: no CUDA GPU is visible: this benchmark measures one; --device cpu goes through its motions\n")
         return 2
     from benchmarks.common import table, write_results
     from planner.cluster import load_cluster
@@ -192,30 +205,32 @@ def main() -> int:
     from planner.kernels import peak_flops_per_second
 
     name = options.output or f"{datetime.date.today()}-gpu"
-    cluster_file = ROOT / "benchmarks" / "results" / f"{name}-cluster.json"
-    cluster_file.parent.mkdir(exist_ok=True)
+    results = ROOT / "benchmarks" / "results" if device == "cuda" else Path(tempfile.mkdtemp())
+    cluster_file = results / f"{name}-cluster.json"
+    results.mkdir(exist_ok=True)
     done = python("-m", "executor.calibrate", "--num-gpus", "1", "--output", str(cluster_file))
     if done.returncode:
         sys.stderr.write(done.stderr[-2000:])
         return 1
     cluster = load_cluster(f"{cluster_file}:1")
-    data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "calibration": cluster.source, "plans": [], "big": []}
+    data: dict[str, Any] = {"device": cluster.gpu.name, "torch": torch.__version__, "calibration": cluster.source, "plans": [], "big": []}
     with tempfile.TemporaryDirectory() as folder:
-        for title, plan in ten_plans(cluster):
-            run = train(folder, plan, options.steps)
+        for title, plan in ten_plans(cluster, device):
+            run = train(folder, plan, options.steps, device)
+            peak = run and (run["ranks"][0]["allocated_bytes"] if device == "cuda" else run["summary"]["peak_bytes"])
             row = {
                 "plan": title, "predicted_bytes": plan.predictions.memory.total_bytes, "predicted_seconds": plan.predictions.time.step_seconds,
-                "measured_bytes": run and run["ranks"][0]["allocated_bytes"], "measured_seconds": run and run["summary"]["step_seconds"],
+                "measured_bytes": peak, "measured_seconds": run and run["summary"]["step_seconds"],
             }  # fmt: skip
             data["plans"].append(row)
             sys.stderr.write(f"{row}\n")
         for title, plan, rank in big_plans():
-            found = dry_run(folder, plan, rank)
+            found = dry_run(folder, plan, rank, device)
             data["big"].append({"rank": title, "measured_bytes": found and found[0], "predicted_bytes": found and found[1]})
-    title, plan = ten_plans(cluster)[5]
-    tokens = plan.inputs.training.global_batch_size * SEQUENCE
-    work = tokens * training_flops_per_token(plan.inputs.model, SEQUENCE) / peak_flops_per_second(load_peak(cluster), "mixed-bf16")
-    loop = plain_loop(plan.inputs.model, plan.decisions.micro_batch_size, plan.decisions.num_microbatches, options.steps)
+    title, plan = ten_plans(cluster, device)[5]
+    tokens = plan.inputs.training.global_batch_size * length(device)
+    work = tokens * training_flops_per_token(plan.inputs.model, length(device)) / peak_flops_per_second(load_peak(cluster), "mixed-bf16")
+    loop = plain_loop(plan.inputs.model, plan.decisions.micro_batch_size, plan.decisions.num_microbatches, options.steps, device)
     ours = data["plans"][5]["measured_seconds"]
     data["throughput"] = [
         {"program": program, "plan": title, "tokens_per_second": seconds and tokens / seconds, "mfu": seconds and work / seconds}
@@ -223,8 +238,11 @@ def main() -> int:
     ]
     text = report(data, table)
     sys.stdout.write(text)
-    write_results(name, text, data)
-    return 0
+    if device == "cuda":
+        write_results(name, text, data)
+    else:
+        shutil.rmtree(results)
+    return 0 if all(row["measured_bytes"] for row in (*data["plans"], *data["big"])) else 1
 
 
 def load_peak(cluster: Any) -> Any:
