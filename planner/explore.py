@@ -43,7 +43,7 @@ from planner.chain import Costs, Profile, counts_of, dominates, stages_of
 from planner.contention import shares_cores
 from planner.critical_path import Path, graph, path_seconds, rank_paths
 from planner.errors import InputError
-from planner.forced import forced, forced_in_the_mean, path_bound
+from planner.forced import Forced, forced, forced_in_the_mean, path_bound
 from planner.moments import least_in_flight, mean_in_flight
 from planner.pipeline import Counts, Pipeline, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, replace
@@ -54,7 +54,7 @@ SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "
 """From plain to exotic: which of equally fast plans is taken."""
 RELAXED_ROUNDS = 4
 """Linear relaxations of a candidate before the next candidate has its turn."""
-DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 24, 4
+DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 16, 3
 """What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
 PATIENCE_SECONDS, ACCEPTED_GAP = 4.0, 0.01
 """CPU-seconds of a search after which a plan within this share of the bound is enough."""
@@ -124,6 +124,7 @@ class _Search:
         self.paths: dict[tuple[Any, ...], dict[Path, None]] = {}
         self.walks: dict[Decisions, dict[tuple[int, ...], tuple[float, bool]]] = {}
         """Of regular cuts, a lower bound each, and whether it is that of a walk or path."""
+        self.forced: dict[tuple[Decisions, tuple[int, ...]], Forced] = {}
         self.queue: list[Node] = []
         self.num_candidates = self.num_relaxed = self.num_solved = 0
         self.solver = "HiGHS"
@@ -407,7 +408,7 @@ class _Search:
         for bound, sizes in self.pattern_bounds(candidate, pipeline):
             if bound >= self.goal * (1 - TOLERANCE):
                 break
-            one = dataclasses.replace(pipeline, patterns=(sizes,), forced=forced(pipeline, greedy.place(pipeline, list(sizes))).seconds)
+            one = dataclasses.replace(pipeline, patterns=(sizes,), forced=self.forced[candidate, sizes].seconds)
             relaxed = self.program(candidate, one, bound, 1)
             if relaxed.proven:
                 continue
@@ -441,7 +442,9 @@ class _Search:
         for bound, sizes in self.pattern_walks(candidate, pipeline):
             if bound < self.goal:
                 rows = greedy.place(pipeline, list(sizes))
-                need = forced(pipeline, rows)
+                need = self.forced.get((candidate, sizes))
+                if need is None:
+                    need = self.forced[candidate, sizes] = forced(pipeline, rows)
                 if any(need.seconds):
                     paths = [*rank_paths(*shape), *self.paths.get(shape, ())]
                     bound = max(bound, path_bound(paths, stage_seconds(pipeline, rows), need, pipeline.ranks) + fixed)

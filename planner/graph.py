@@ -13,11 +13,12 @@ convention of Narayanan et al. 2021 (arXiv 2104.04473, appendix).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import Literal
-
-import networkx as nx
+from typing import TYPE_CHECKING, Literal
 
 from planner.model import ModelSpec
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Kind = Literal["embedding", "norm", "attention", "mlp", "head"]
 LayerKind = Literal["embedding", "block", "head"]
@@ -69,6 +70,8 @@ def layer_graph(model: ModelSpec, sequence_length: int) -> nx.DiGraph:
     Node attributes: `kind`, `layer` (its index in the chain of layers), `num_parameters`, `forward_flops` (per token),
     `saved_bytes` (per token, bf16) and `sent_bytes` (per token, bf16, to each successor).
     """
+    import networkx as nx  # takes longer to load than most commands to run
+
     graph = nx.DiGraph(name=model.name)
     h = model.hidden_size
     residual: str | None = None
@@ -121,6 +124,8 @@ def chain_of(graph: nx.DiGraph, weight: str = "forward_flops") -> list[list[Hash
 
     Each node is split in two, joined by its value. Bridges of that graph (Tarjan 1974) cut it into a tree of parts.
     """
+    import networkx as nx
+
     last = [node for node in graph if graph.out_degree(node) == 0]
     if len(last) != 1 or not nx.is_directed_acyclic_graph(graph):
         raise ValueError("an acyclic graph with one last node is expected")
