@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,13 @@ def run_plan(plan: Plan, steps: int, *extra: str, launcher: Sequence[str] = (), 
 
 def _path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def spread(seconds: Sequence[float], rounds: int) -> float:
+    """Half of the difference between the slowest and the quickest round's median, over their mean: what the machine itself does."""
+    size = len(seconds) // rounds
+    medians = [statistics.median(seconds[index * size : (index + 1) * size]) for index in range(rounds)]
+    return (max(medians) - min(medians)) / 2 / statistics.fmean(medians)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

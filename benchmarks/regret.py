@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, make_plan, processor, run_plans, table, write_results
+from benchmarks.common import ROOT, make_plan, processor, run_plans, spread, table, write_results
 from planner.candidates import Constraints
 from planner.cluster import ClusterSpec, load_cluster
 from planner.defaults import Fixed
@@ -204,7 +204,7 @@ def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[
     results = run_plans(plans if same is not None else [*plans, choice], steps=steps, rounds=rounds, launcher=launcher)
     measured = [statistics.median(result["seconds"]) for result in results]
     of_choice = measured.pop() if same is None else measured[same]
-    spread = statistics.median(_spread(result["seconds"], rounds) for result in results)
+    noise = statistics.median(spread(result["seconds"], rounds) for result in results)
     rows = [
         {"plan": label(plan.decisions), "predicted_seconds": p, "measured_seconds": m, "tensor_parallel_inside": _inside(plan)}
         for plan, p, m in zip(plans, predicted, measured, strict=True)
@@ -224,19 +224,12 @@ def run_case(case: Case, cluster: ClusterSpec, steps: int, rounds: int) -> dict[
         "solved_regret": of_choice / measured[best] - 1.0,
         "spearman": spearman(predicted, measured),
         "mean_error": statistics.fmean(abs(p / m - 1.0) for p, m in zip(predicted, measured, strict=True)),
-        "spread": spread,
+        "spread": noise,
         "placement": _placement(rows),
         "rows": sorted(rows, key=lambda item: item["measured_seconds"]),
     }
     sys.stderr.write(f"{case.bench.title}, {case.model.name}: regret {100 * row['regret']:.1f} %, Spearman {row['spearman']:.3f}\n")
     return row
-
-
-def _spread(seconds: Sequence[float], rounds: int) -> float:
-    """Half of the difference between the slowest and the quickest round's median, over their mean."""
-    size = len(seconds) // rounds
-    medians = [statistics.median(seconds[index * size : (index + 1) * size]) for index in range(rounds)]
-    return (max(medians) - min(medians)) / 2 / statistics.fmean(medians)
 
 
 def _inside(plan: Plan) -> bool | None:

@@ -3,7 +3,8 @@
 The machine is calibrated once. Then ten different plans and a few pipelines with known bubbles are predicted from that cluster
 file and trained by the executor. Reported: each plan's predicted and measured step time; each pipeline's bubble beside
 the prediction and the textbook formula, (p - 1)/(m + p - 1) for GPipe and 1F1B; naive model parallelism's utilisation, 1/p.
-At last the cluster is corrected by one run (`plan calibrate --from`), with the errors of all ten plans before and after.
+At last the cluster is corrected by one run (`plan calibrate --from`), with the errors of all ten plans before and after. The spread is half of
+the range of the rounds' medians over their mean: what the machine itself does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, make_plan, processor, run_plan, run_plans, table, write_results
+from benchmarks.common import ROOT, make_plan, processor, run_plan, run_plans, spread, table, write_results
 from planner.cluster import ClusterSpec, load_cluster
 from planner.correction import correct
 from planner.model import ModelSpec, load_model
@@ -96,15 +97,17 @@ def main() -> int:
     run, timeline = run_plan(plan, 12)
     correction = correct(plan.inputs, plan.decisions, run, timeline)
     rows, cells = [], []
-    for (title, item), seconds in zip(plans, measured, strict=True):
+    for (title, item), seconds, result in zip(plans, measured, results, strict=False):
+        noise = spread(result["seconds"], options.rounds)
         before, after = predicted(item), predicted(item, correction.cluster)
-        rows.append({"plan": title, "measured_seconds": seconds, "predicted_seconds": before, "predicted_after_correction_seconds": after})
+        rows.append({"plan": title, "measured_seconds": seconds, "predicted_seconds": before, "predicted_after_correction_seconds": after,
+                     "spread": noise})  # fmt: skip
         errors = [f"{100 * (value / seconds - 1):+.1f}" for value in (before, after)]
-        cells.append((title, f"{1e3 * seconds:.1f}", f"{1e3 * before:.1f}", errors[0], f"{1e3 * after:.1f}", errors[1]))
+        cells.append((title, f"{1e3 * seconds:.1f}", f"{1e3 * before:.1f}", errors[0], f"{1e3 * after:.1f}", errors[1], f"{100 * noise:.1f}"))
     errors_before = [abs(row["predicted_seconds"] / row["measured_seconds"] - 1) for row in rows]
     errors_after = [abs(row["predicted_after_correction_seconds"] / row["measured_seconds"] - 1) for index, row in enumerate(rows) if index != by]
     text = f"Step times of real runs on 2 ranks, {datetime.date.today()}, {processor()}\n\n"
-    text += table(("plan", "measured ms", "predicted ms", "error %", "corrected ms", "error %"), cells)
+    text += table(("plan", "measured ms", "predicted ms", "error %", "corrected ms", "error %", "spread %"), cells)
     text += f"\nmean error of the ten after plan calibrate: {100 * statistics.fmean(errors_before):.1f} %\n"
     text += (
         f"after plan calibrate --from a run of '{name}' ({1e3 * correction.before:.1f} -> {1e3 * correction.after:.1f} ms, "

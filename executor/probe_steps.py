@@ -45,7 +45,7 @@ from planner.plan import Decisions, Inputs, Memory, Plan, Precision, Predictions
 WARM_STEPS = 2
 LEAST_STEPS = 3
 MOST_STEPS = 10
-BUDGET_SECONDS = 1.0
+BUDGET_SECONDS = 0.8
 """Of a plan's steps, the first ones not counted."""
 
 INSIDE: tuple[AxisName, ...] = ("tp", "dp", "pp")
