@@ -29,8 +29,7 @@ from planner.timeline import Event, Timeline, bubble_fraction, busy_seconds, win
 
 WARM_STEPS = 1
 BUDGET_SECONDS = 2.0
-"""A plan gets fewer steps where the predicted ones take longer than this in all, but at least LEAST_STEPS."""
-LEAST_STEPS = 3
+"""A plan gets fewer steps where the predicted ones take longer than this in all, but three at least, or one where that takes longer still."""
 
 
 def run(plan: Plan, steps: int) -> dict[str, Any] | None:
@@ -41,7 +40,8 @@ def run(plan: Plan, steps: int) -> dict[str, Any] | None:
     training = plan.inputs.training
     vocabulary = plan.inputs.model.vocab_size
     data = Data(open_tokens(None, vocabulary), vocabulary, training.sequence_length, training.global_batch_size, 0)
-    steps = max(LEAST_STEPS, min(steps, int(BUDGET_SECONDS / (plan.predictions.time.step_seconds or 1.0))))
+    most = BUDGET_SECONDS / (plan.predictions.time.step_seconds or 1.0)
+    steps = max(min(3, 1 + int(most)), min(steps, int(most)))
     seconds, bubbles, utilisations, forwards, backwards = [], [], [], [], []
     for step in range(steps + WARM_STEPS):
         trainer.load(data)
