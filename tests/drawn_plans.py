@@ -1,14 +1,18 @@
-"""Plans drawn over everything that the memory model knows."""
+"""Plans drawn over everything that the memory model knows, and how far a prediction is from a dry run."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 from hypothesis import assume
 from hypothesis import strategies as st
 from plans import make_plan
 
+from executor.dry_run import dry_run_rank
+from executor.measure import CATEGORIES, StorageTracker
 from planner.errors import InputError
 from planner.model import load_model
-from planner.plan import SCHEDULES, Plan, replace
+from planner.plan import SCHEDULES, Memory, Plan, replace
 
 VIRTUAL = {"Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 
@@ -56,3 +60,47 @@ def plans(draw: st.DrawFn) -> Plan:
     except InputError:
         assume(False)
         raise
+
+
+SMALL = 0.002
+"""Share of a rank's total up to which a category's difference does not count."""
+AS_HIGH = 1e-4
+"""Moments whose totals differ by less are peaks both: a scalar of 4 bytes decides which is the higher one."""
+
+
+def category_error(predicted: Memory, plan: Plan, rank: int, traced: Memory) -> float:
+    """The largest relative difference of any category, at the moment of the dry run that agrees best among those as high as its peak."""
+    error = _category_error(predicted, traced)
+    if error <= 0.02:
+        return error
+    with mock.patch("executor.train.StorageTracker", Moments):
+        dry_run_rank(plan, rank)
+    return min(_category_error(predicted, moment) for moment in Moments.last.peaks())
+
+
+def _category_error(predicted: Memory, traced: Memory) -> float:
+    error = 0.0
+    for name in CATEGORIES:
+        difference = abs(getattr(predicted, f"{name}_bytes") - getattr(traced, f"{name}_bytes"))
+        if difference > SMALL * traced.total_bytes:
+            error = max(error, difference / max(getattr(traced, f"{name}_bytes"), 1))
+    return error
+
+
+class Moments(StorageTracker):
+    """A tracker that remembers the breakdown of every moment as high as the peak. `last` is the newest one."""
+
+    last: Moments
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[int, ...], None] = {}
+        Moments.last = self
+
+    def _count(self, category: str, size: int) -> None:
+        super()._count(category, size)
+        if self.total >= (1 - AS_HIGH) * self.peak_total:
+            self.seen[tuple(self.totals[name] for name in CATEGORIES)] = None
+
+    def peaks(self) -> list[Memory]:
+        return [Memory.of(*parts) for parts in self.seen if sum(parts) >= (1 - AS_HIGH) * self.peak_total]
