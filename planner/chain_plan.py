@@ -6,6 +6,8 @@ products is not known of an arbitrary one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from planner.cluster import ClusterSpec
@@ -26,7 +28,7 @@ from planner.plan import (
     load_plan,
     stage_ranks,
 )
-from planner.traced import TracedModel
+from planner.traced import LayerCost, TracedModel
 
 CHAIN_SCHEDULES = ("1F1B", "GPipe", "Naive")
 """Schedules with one stage per rank and a whole backward pass: splitting it needs code that knows the layers."""
@@ -78,6 +80,16 @@ def chain_stage(first: int, size: int, again: frozenset[int], rank: int) -> Stag
     return Stage(first_layer=first, num_layers=size, recompute=counts, pipeline_rank=rank, recomputed_layers=tuple(sorted(again)))
 
 
+def _numbers(cost: LayerCost) -> Iterator[tuple[str, float]]:
+    """Every number of a layer's cost by the field that holds it."""
+    for name, value in msgspec.structs.asdict(cost).items():
+        if name in ("forward", "backward"):
+            for item in value:
+                yield from ((name, number) for number in (item.num_calls, *item.flops, *item.moved_bytes))
+        else:
+            yield from ((name, number) for number in (value if isinstance(value, tuple) else (value,)))
+
+
 def check_chain(inputs: ChainInputs, decisions: Decisions, where: str = "plan") -> None:
     """Raises InputError naming the first rule that the model or the decisions break."""
 
@@ -90,6 +102,10 @@ def check_chain(inputs: ChainInputs, decisions: Decisions, where: str = "plan") 
     for index, layer in enumerate(model.layers):
         if not 0 <= layer.cost < len(model.costs):
             refuse(f"inputs.model.layers[{index}].cost", layer.cost, f"an index below {len(model.costs)} is expected")
+    for index, cost in enumerate(model.costs):
+        for name, value in _numbers(cost):
+            if not abs(value) < 1e30 or (value < 0 and isinstance(value, int)):
+                refuse(f"inputs.model.costs[{index}].{name}", value, "a finite number is expected, and no negative count")
     for name in ("data_parallel", "pipeline_parallel", "micro_batch_size", "num_microbatches"):
         if getattr(d, name) < 1:
             refuse(f"decisions.{name}", getattr(d, name), "a positive integer is expected")

@@ -162,7 +162,12 @@ def test_the_document(tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match="the file was changed"):
         load_any_plan(str(path))
-    data["inputs"]["model"]["layers"][0]["size"] = 3
+    model = data["inputs"]["model"]
+    model["costs"][1]["num_parameters"] = -1
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"costs\[1\].num_parameters"):
+        load_any_plan(str(path))
+    model["layers"][0]["size"] = 3
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"layers\[0\].size"):
         load_any_plan(str(path))
@@ -197,6 +202,8 @@ def test_the_commands(tmp_path, monkeypatch):
     estimate = json.loads(command("estimate", *model, "--json").stdout)
     assert estimate["schema"] == "meshwright.estimate/1" and estimate["memory"]["weights_bytes"] == 4 * 696_234
     assert "696,234 parameters in a chain of 9 layers" in command("estimate", *model).stdout
+    for option in (("--explain",), ("--gpus", "2,4"), ("--num-tokens", "1e9")):
+        assert isinstance(command("estimate", *model, *option).exception, InputError)
     solved = command("solve", *model, "--cluster", "cpu:2", "--global-batch-size", "8", "--pp", "2", "-o", path)
     assert solved.exit_code == 0, solved.stderr
     assert "gap 0.00%" in solved.stdout and "tensor parallel 1" in solved.stdout and "times as long" in solved.stdout

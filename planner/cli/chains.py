@@ -41,11 +41,22 @@ def _training(request: Request, batch: int) -> Training:
     )
 
 
-def estimate_traced(request: Request, as_json: bool) -> int:
-    """The memory wall of a traced module; with degrees `plan solve` is the command, which chooses what is left open."""
+def _refuse(request: Request, options: dict[str, object]) -> None:
+    """Raises InputError for the first option that was given and means nothing for a traced module."""
+    for name, value in {"--num-tokens": request.num_tokens, **options}.items():
+        if value not in (None, False):
+            raise InputError(name, value, f"it is for transformers only, and {request.model} is a traced module")
+
+
+def estimate_traced(request: Request, options: dict[str, object], as_json: bool) -> int:
+    """The memory wall of a traced module; with degrees `plan solve` is the command, which chooses what is left open.
+
+    `options` are those of the command that a traced module does not have, with their values.
+    """
     from planner.chain_estimate import estimate_chain
     from planner.tables import chains, text
 
+    _refuse(request, options)
     if request.has_degrees:
         raise InputError("--model", request.model, "with degrees, use plan solve, which fixes those given and chooses the rest")
     document = estimate_chain(_traced(request), cluster_of(request), _training(request, request.global_batch_size or 1))
@@ -56,11 +67,12 @@ def estimate_traced(request: Request, as_json: bool) -> int:
     return 0
 
 
-def solve_traced(request: Request, constraints: Constraints, output: str | None, as_json: bool) -> int:
-    """The ILP for a traced module."""
+def solve_traced(request: Request, constraints: Constraints, options: dict[str, object], output: str | None, as_json: bool) -> int:
+    """The ILP for a traced module; `options` as in `estimate_traced`."""
     from planner.chain_plan import ChainInputs
     from planner.chain_search import search_chain
 
+    _refuse(request, options)
     if request.global_batch_size is None:
         raise InputError("--global-batch-size", None, "it is required here: the samples of one optimizer step")
     cluster = cluster_of(request)

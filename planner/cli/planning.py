@@ -112,7 +112,7 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
     if is_reference(request.model):
         from planner.cli.chains import estimate_traced
 
-        return estimate_traced(request, as_json)
+        return estimate_traced(request, {"--gpus": gpus, "--explain": explain, "--output": output}, as_json)
     if gpus is not None:
         return _sweep(request, gpus, output, as_json)
     model = model_of(request)
@@ -264,9 +264,7 @@ def solve(output: str | None, within_days: float | None, within_gpu_hours: float
     if is_reference(request.model):
         from planner.cli.chains import solve_traced
 
-        if within_days is not None or within_gpu_hours is not None:
-            raise InputError("--model", request.model, "a traced module is planned for all GPUs of the cluster")
-        return solve_traced(request, constraints, output, as_json)
+        return solve_traced(request, constraints, {"--within-days": within_days, "--within-gpu-hours": within_gpu_hours}, output, as_json)
     inputs = inputs_of(request)
     plan = _with_run(_solved(inputs, constraints, request, within_days, within_gpu_hours), request)
     if output is not None:
