@@ -11,7 +11,6 @@ path bounds their speed: plans are then compared by their walks, and only the wo
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -337,30 +336,45 @@ def even_split(costs: ChainCosts, decisions: Decisions) -> Decisions | None:
 
 
 def _does_not_fit(costs: ChainCosts, constraints: Constraints) -> DoesNotFitError:
-    """The candidate that is nearest to fitting, and how many bytes it is short of."""
+    """The candidate that is nearest to fitting, and how many bytes it is short of at the least, whatever the cuts."""
+    every = candidates(costs, constraints)
+    smallest = {p: min(d.micro_batch_size for d in every if d.pipeline_parallel == p) for p in {d.pipeline_parallel for d in every}}
     nearest: tuple[float, Decisions, int] | None = None
-    for decisions in candidates(costs, constraints):
-        pipeline = costs.pipeline(decisions)
-        n, p = costs.model.num_layers, decisions.pipeline_parallel
-        edges = [index * n // p for index in range(p + 1)]
-        counts: Counts = tuple(
-            tuple(
-                tuple(int(a <= layer < b and o == len(run.options) - 1) for o in range(len(run.options))) for layer, run in enumerate(pipeline.runs)
-            )
-            for a, b in itertools.pairwise(edges)
-        )
-        over, moment = excess_bytes(pipeline, counts)
-        if nearest is None or over < nearest[0]:
-            nearest = (over, decisions, moment.rank)
+    for decisions in every:
+        if decisions.micro_batch_size == smallest[decisions.pipeline_parallel]:
+            over, stage = _least_excess(costs.pipeline(decisions, tuple(level for level in LEVELS if constraints.allows("recompute", level))))
+            if nearest is None or over < nearest[0]:
+                nearest = (over, decisions, stage)
     assert nearest is not None
-    over, decisions, rank = nearest
+    over, decisions, stage = nearest
+    again = "everything recomputed" if constraints.allows("recompute", "full") else "nothing recomputed"
     message = (
         f"no plan of {costs.model.name} fits on {costs.inputs.cluster.num_gpus} x {costs.inputs.cluster.gpu.name}: with pipeline parallel "
-        f"{decisions.pipeline_parallel}, micro-batches of {decisions.micro_batch_size} and everything recomputed, rank {rank} is "
-        f"{over / GIB:,.2f} GiB short of memory"
+        f"{decisions.pipeline_parallel}, micro-batches of {decisions.micro_batch_size} and {again}, rank {stage} is {over / GIB:,.2f} GiB short "
+        "of memory under the best cuts"
     )
-    need = costs.capacity + over
-    repairs = [f"GPUs with {need / GIB:,.2f} GiB each"]
+    repairs = [f"GPUs with {(costs.capacity + over) / GIB:,.2f} GiB each"]
     if decisions.pipeline_parallel < costs.model.num_layers:
-        repairs.append(f"more pipeline stages: up to {costs.model.num_layers} on as many GPUs or more")
+        repairs.append(f"more pipeline stages: up to {costs.model.num_layers}, on more GPUs where these are used up")
     return DoesNotFitError(message, tuple(repairs))
+
+
+def _least_excess(pipeline: Pipeline) -> tuple[float, int]:
+    """Bytes by which the worst rank lies above its limit under the cuts that make that least, and the rank."""
+    n, p = len(pipeline.runs), pipeline.num_stages
+    least = [min(run.options, key=lambda option: option.saved) for run in pipeline.runs]
+    kept = {edge.source: edge.kept for edge in pipeline.edges}
+    flight = [max(saved for moment in pipeline.moments for stage, saved, _ in moment.in_flight if stage == s) for s in range(p)]
+    best: list[tuple[float, int]] = [(-math.inf, 0)] + [(math.inf, 0)] * n  # by the layers that are placed
+    for stage in range(p):
+        row: list[tuple[float, int]] = [(math.inf, stage)] * (n + 1)
+        for first in range(stage, n):
+            need = transient = 0.0
+            for end in range(first + 1, n + 1):
+                option = least[end - 1]
+                need += pipeline.runs[end - 1].states + flight[stage] * option.saved
+                transient = max(transient, option.forward_transient, option.backward_transient)
+                held = need + transient + flight[stage] * (kept.get(end - 1, 0.0) if end < n else 0.0)
+                row[end] = min(row[end], max(best[first], (held - pipeline.limits[stage], stage)))
+        best = row
+    return best[n]

@@ -14,7 +14,7 @@ from planner.candidates import Constraints
 from planner.chain_bounds import ChainBound
 from planner.chain_costs import LEVELS, ChainCosts, counts_of, predict_timeline, step_seconds
 from planner.chain_plan import ChainInputs, chain_stage, check_chain, load_any_plan, recomputed
-from planner.chain_search import candidates, even_split, search_chain
+from planner.chain_search import _least_excess, candidates, even_split, search_chain
 from planner.cli import plan as cli
 from planner.cluster import load_cluster
 from planner.critical_path import graph
@@ -132,6 +132,19 @@ def test_nothing_fits():
     with pytest.raises(DoesNotFitError) as error:
         search_chain(inputs_of(1, memory=0.01))
     assert "GiB short" in str(error.value) and error.value.repairs
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_shortage_is_that_of_the_best_cuts(seed):
+    costs = ChainCosts(inputs_of(seed, memory=0.01))
+    for decisions in candidates(costs, Constraints(fixed=Fixed(micro_batch_size=1))):
+        p, n, pipeline = decisions.pipeline_parallel, costs.model.num_layers, costs.pipeline(decisions)
+        shortest = math.inf
+        for cuts in itertools.combinations(range(1, n), p - 1):
+            edges = (0, *cuts, n)
+            stages = tuple(chain_stage(a, b - a, frozenset(range(a, b)), rank) for rank, (a, b) in enumerate(itertools.pairwise(edges)))
+            shortest = min(shortest, excess_bytes(pipeline, counts_of(stages, n, LEVELS))[0])
+        assert _least_excess(pipeline)[0] == pytest.approx(shortest)
 
 
 @pytest.mark.parametrize(
