@@ -1,0 +1,87 @@
+"""What memory forces a rank to recompute against all choices, and the ILP of one regular cut against enumeration."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from planner.critical_path import graph, rank_paths
+from planner.forced import forced, forced_in_the_mean, path_bound
+from planner.greedy import fit, frozen, improve, place
+from planner.moments import mean_in_flight, memory_moments
+from planner.pipeline import Option, Piece, Pipeline, Run, excess_bytes, stage_seconds
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
+from planner.solver import solve_pipeline
+
+SHAPES = [("1F1B", 3, 1, 5), ("Interleaved1F1B", 2, 2, 4), ("InterleavedZeroBubble", 2, 2, 6), ("ZBVZeroBubble", 2, 2, 5)]
+
+
+def random_cut(rng, shape):
+    """A chain like a transformer's, its ends with one option and its blocks with up to three, and the sizes of its stages."""
+    schedule, p, v, _ = shape
+    options, saved, slow = [], rng.uniform(3, 6), 0.0
+    for name in ("none", "selective", "full")[: rng.choice([2, 3, 3])]:
+        again = 0.0 if name == "none" else slow
+        transients = (rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0, saved), rng.uniform(0, 1))
+        options.append(Option(name, 1.0, 2.0 + again, 1.0 + again, 1.0, saved, *transients))
+        saved, slow = saved / rng.uniform(1.5, 3), slow + rng.uniform(0.2, 0.7)
+    end = Option("none", 0.4, 0.8, 0.4, 0.4, rng.uniform(0, 2))
+    sizes = [rng.choice([1, 1, 2]) for _ in range(p * v)]
+    sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] + 1
+    runs = (Run("embedding", 1, (end,), 1.0, 1.0), Run("block", sum(sizes) - 2, tuple(options), rng.uniform(0, 2), 1.0), Run("head", 1, (end,), 1.0))
+    kinds = "FIW" if schedule in SPLIT_BACKWARD_SCHEDULES else "FB"
+    pipeline = Pipeline(
+        runs, stage_ranks(schedule, p, v), (math.inf,) * p, memory_moments(*shape), kinds, {("SEND_F", 0): 0.1}, (Piece(0.1, 0.2),),
+        patterns=(tuple(sizes),),
+    )  # fmt: skip
+    full = excess_bytes(replace(pipeline, limits=(0.0,) * p), frozen(place(pipeline, sizes)))[0]
+    return replace(pipeline, limits=tuple(rng.uniform(0.5, 1.0) * full for _ in range(p))), sizes
+
+
+def choices(pipeline, sizes):
+    """All ways to recompute the blocks of these stages."""
+    rows = place(pipeline, sizes)
+    options = range(len(pipeline.runs[1].options))
+    ways = []
+    for stage in rows:
+        blocks = sum(stage[1])
+        ways.append([row for row in itertools.product(range(blocks + 1), repeat=len(options)) if sum(row) == blocks])
+    for choice in itertools.product(*ways):
+        yield tuple((tuple(stage[0]), row, tuple(stage[2])) for stage, row in zip(rows, choice, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forced_seconds_are_never_above_and_the_ilp_with_them_finds_the_optimum(shape):
+    rng, whole, tight, fitting = random.Random(str(shape)), graph(*shape), 0, 0
+    for _ in range(12):
+        pipeline, sizes = random_cut(rng, shape)
+        first = pipeline.runs[1].options[0]
+        extra = [sum(option.seconds(kind) - first.seconds(kind) for kind in pipeline.kinds) for option in pipeline.runs[1].options]
+        best, least = math.inf, [math.inf] * len(pipeline.limits)
+        for counts in choices(pipeline, sizes):
+            if excess_bytes(pipeline, counts)[0] <= 0:
+                best = min(best, whole.longest(stage_seconds(pipeline, counts)))
+                for rank in range(len(least)):
+                    mine = [stage[1] for stage, owner in zip(counts, pipeline.ranks, strict=True) if owner == rank]
+                    least[rank] = min(least[rank], sum(n * each for row in mine for n, each in zip(row, extra, strict=True)))
+        rows = place(pipeline, sizes)
+        need = forced(pipeline, rows)
+        mean = forced_in_the_mean(pipeline, rows, mean_in_flight(*shape), 0.0)
+        for known, rough, true in zip(need.seconds, mean, least, strict=True):
+            assert known <= true * (1 + 1e-9)
+            assert rough <= true * (1 + 1e-9)
+            tight += 0 < known < math.inf
+        assert path_bound(rank_paths(*shape), stage_seconds(pipeline, rows), need, pipeline.ranks) <= best * (1 + 1e-9)
+        solution = solve_pipeline(replace(pipeline, forced=need.seconds if math.inf not in need.seconds else ()), whole)
+        assert solution.proven
+        assert solution.seconds == pytest.approx(best, rel=2e-6)
+        start = fit(pipeline, sizes)
+        if start is not None:
+            fitting += 1
+            better, paths = improve(pipeline, whole, start)
+            assert excess_bytes(pipeline, better)[0] <= 0
+            assert best * (1 - 1e-9) <= whole.longest(stage_seconds(pipeline, better)) <= whole.longest(stage_seconds(pipeline, start))
+            assert paths
+    assert tight > 3 and fitting > 3, "too few of the instances bind to say anything"
