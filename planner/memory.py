@@ -111,12 +111,9 @@ def stage_needs(inputs: Inputs, decisions: Decisions, stage: Stage) -> StageNeed
             for index, size in enumerate(layer_states(inputs, decisions, kind, tied_copy=apart)):
                 states[index] += number * size
     received = 0 if last else boundary_bytes(inputs, decisions)
-    needs = {
-        (kind, level, held): layer_needs(inputs, decisions, kind, level, held=held)
-        for position, (kind, level) in enumerate(kinds)
-        for held in (not last and position == len(kinds) - 1 and kind == "block",)
-    }
-    layers = [needs[kind, level, not last and i == len(kinds) - 1 and kind == "block"] for i, (kind, level) in enumerate(kinds)]
+    keys = [(kind, level, not last and position == len(kinds) - 1 and kind == "block") for position, (kind, level) in enumerate(kinds)]
+    needs = {key: layer_needs(inputs, decisions, key[0], key[1], held=key[2]) for key in dict.fromkeys(keys)}
+    layers = [needs[key] for key in keys]
     below = 0
     forward = backward = weights = Peak(0, 0)
     above = sum(layer.deferred for layer in layers) if split else 0
@@ -144,7 +141,13 @@ def _larger(found: Peak, peak: Peak, base: int) -> Peak:
 
 def predict_memory(inputs: Inputs, decisions: Decisions) -> tuple[Memory, ...]:
     """Peak memory of one GPU of each pipeline rank, in bytes."""
-    stages = [stage_needs(inputs, decisions, stage) for stage in decisions.stages]
+    known: dict[tuple[object, ...], StageNeeds] = {}  # most stages are alike
+    stages = []
+    for stage in decisions.stages:
+        alike = (stage.num_layers, stage.recompute, has_embedding(stage), has_head(stage, inputs.model))
+        if alike not in known:
+            known[alike] = stage_needs(inputs, decisions, stage)
+        stages.append(known[alike])
     lists = _short_actions(decisions)
     boundary = boundary_bytes(inputs, decisions)
     owners = [stage.pipeline_rank for stage in decisions.stages]
