@@ -66,6 +66,9 @@ def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, 
         if name in found:
             continue
         expected, seen = _together(predicted.events, kind), _together(timeline.events, kind) * to_median
+        if kind == "REDUCE" and inputs.cluster.efficiency.wait_seconds > 0:  # waiting for the last rank is in the prediction
+            expected = sum(_durations(predicted.events, (kind,)))
+            seen = sum(_durations(timeline.events, (kind,))) / copies * to_median
         if expected > 0 and seen > 0:
             found[name] = _bounded(seen / expected)
     transits = _transits(timeline, run)
