@@ -70,7 +70,7 @@ recomputation is found; bounds are lowered by as much."""
 MOMENTS_AT_ONCE = 5
 """Violated moments of a rank that are added to a program before it is solved again."""
 RELAXED_PROGRESS, STALLED_ROUNDS = 1e-3, 3
-"""Rounds of the linear relaxation end when so many in a row raise the bound by no more than this share."""
+"""Rounds of the linear relaxation end when so many in a row (one where cuts are free) raise the bound by no more than this share."""
 NEARLY = 0.05
 """Stages of an integer program are improved by hand where they are no more than this share slower than the best known."""
 _SCALE = 1e4  # seconds and bytes are scaled so that their reference is this, far above the solver's absolute tolerances
@@ -150,9 +150,9 @@ def solve_pipeline(
             return program.solution(best, best_seconds, bound, False)
         if not integer:
             done = program.separate(graph, stage_seconds(pipeline, outcome.values), middle, outcome.bound)
-            fits = not program.add_violated_moments(outcome.values)
+            fits = not pipeline.patterns or not program.add_violated_moments(outcome.values)
             stalled = stalled + 1 if outcome.bound < relaxed * (1 + RELAXED_PROGRESS) else 0
-            done = (done and fits) or stalled == STALLED_ROUNDS
+            done = (done and fits) or stalled == (STALLED_ROUNDS if pipeline.patterns else 1)
             relaxed = outcome.bound
             if relaxed_rounds is not None and (done or program.num_programs >= relaxed_rounds):
                 return program.solution(None, math.inf, bound, False)
