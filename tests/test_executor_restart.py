@@ -15,7 +15,6 @@ from plans import make_plan
 from test_executor_run import launch
 
 from planner.documents import dumps, write_text
-from planner.plan import Plan
 from planner.run import load_run
 
 pytest.importorskip("torch", reason="the executor needs torch")
@@ -29,19 +28,20 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = 12
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    made = make_plan("tiny-gpt", "cpu:2", tp=1, dp=2, m=2, zero_stage=1, precision="fp32", sequence_length=16)
-    write_text(tmp_path / "plan.json", dumps(made))
-    return made
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    write_text(path, dumps(make_plan("tiny-gpt", "cpu:2", tp=1, dp=2, m=2, zero_stage=1, precision="fp32", sequence_length=16)))
+    return path
 
 
-@pytest.fixture
-def losses(plan: Plan, tmp_path: Path) -> list[float]:
+@pytest.fixture(scope="module")
+def losses(plan_file: Path) -> list[float]:
     """Of an undisturbed run of one torchrun."""
-    done = launch(2, [str(tmp_path / "plan.json"), "--steps", str(STEPS), "-o", str(tmp_path / "whole.json")])
+    output = plan_file.with_name("whole.json")
+    done = launch(2, [str(plan_file), "--steps", str(STEPS), "-o", str(output)])
     assert done.returncode == 0, done.stderr[-2000:]
-    return [step.loss for step in load_run(tmp_path / "whole.json").steps]
+    return [step.loss for step in load_run(output).steps]
 
 
 def rank_process(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
@@ -52,10 +52,10 @@ def rank_process(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} is not running")
 
 
-def test_a_killed_rank_costs_nothing_but_time(plan: Plan, losses: list[float], tmp_path: Path) -> None:
+def test_a_killed_rank_costs_nothing_but_time(plan_file: Path, losses: list[float], tmp_path: Path) -> None:
     saved, output = tmp_path / "saved", tmp_path / "run.json"
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1", "-m", "executor"]
-    command += [str(tmp_path / "plan.json"), "--steps", str(STEPS), "-o", str(output), "--checkpoint-every", "2", "--checkpoint-folder", str(saved)]
+    command += [str(plan_file), "--steps", str(STEPS), "-o", str(output), "--checkpoint-every", "2", "--checkpoint-folder", str(saved)]
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log, text=True, cwd=ROOT, env=ENVIRONMENT) as agent:
         try:
             deadline = time.monotonic() + 200
@@ -97,13 +97,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_two_agents_train_like_one(plan: Plan, losses: list[float], tmp_path: Path) -> None:
+def test_two_agents_train_like_one(plan_file: Path, losses: list[float], tmp_path: Path) -> None:
     output, port = tmp_path / "nodes.json", free_port()
     agents = []
     for node in range(2):
         command = [*TORCHRUN, "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two-agents"]
-        command += ["-m", "executor", str(tmp_path / "plan.json"), "--steps", str(STEPS), "-o", str(output)]
+        command += ["-m", "executor", str(plan_file), "--steps", str(STEPS), "-o", str(output)]
         agents.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT))
     try:
         for agent in agents:
