@@ -48,5 +48,5 @@ def build() -> tuple[nn.Module, tuple[torch.Tensor]]:
 
 
 def large() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """For images of 224 x 224; about 64 million parameters."""
+    """For images of 224 x 224; about 34 million parameters."""
     return resnet(64, (3, 4, 12, 4), 224, 1000)
