@@ -37,7 +37,7 @@ CASES = [
     ("llama-2-70b", "a100-80gb:64", 128, 4096, 1.0, 8, 8, 1, "GPipe"),
     ("bloom-176b", "a100-80gb:96", 64, 2048, 1.0, 8, 12, 1, "1F1B"),
 ]
-WHOLE = [
+SEARCHES = [
     ("gpt3-13b", "a100-80gb:64", 256, 2048),
     ("llama-2-70b", "a100-80gb:128", 256, 2048),
     ("gpt3", "a100-80gb:1024", 1536, 2048),
@@ -128,7 +128,7 @@ def main() -> None:
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
     print("\n| whole search | candidates | solved as ILPs | step s | gap | CPU s |\n| --- | --- | --- | --- | --- | --- |")
-    for name, cluster, batch, sequence in WHOLE:
+    for name, cluster, batch, sequence in SEARCHES:
         training = Training(global_batch_size=batch, sequence_length=sequence)
         inputs = Inputs(model=load_model(name), cluster=load_cluster(cluster), training=training)
         start = time.process_time()
