@@ -14,7 +14,7 @@ from planner.run import load_run
 
 pytest.importorskip("torch", reason="the executor needs torch")
 
-from executor.launch import main  # noqa: E402
+from executor.launch import main
 
 
 @pytest.fixture
