@@ -140,6 +140,8 @@ def solve_pipeline(
             if patience.left() <= 0:
                 return program.solution(best, best_seconds, bound, False)
             left = min(left or math.inf, patience.left())
+        if patience is not None and patience.left() <= 0:
+            program.gap = patience.gap / 5
         outcome = program.run(integer, left)
         if outcome.infeasible:
             return program.solution(best, best_seconds, max(bound, min(best_seconds, cutoff)), True)
@@ -193,6 +195,8 @@ class _Program:
         self.known_paths: dict[Path, None] = {}
         self.known_moments: set[Moment] = set()
         self.num_programs = 0
+        self.gap = 0.0
+        """Relative gap to which integer programs are solved."""
         self.second = _SCALE / (cutoff if cutoff < math.inf else _typical_seconds(pipeline))
         self.problem = pulp.LpProblem("pipeline", pulp.LpMinimize)
         self.step = self.problem.add_variable("T", 0, _SCALE if cutoff < math.inf else None)
@@ -454,7 +458,7 @@ class _Program:
         """Solves what has been written down so far. Raises SolverError when the solver fails."""
         pulp = self.pulp
         self.num_programs += 1
-        options: dict[str, Any] = {"msg": False, "mip": integer, "gapRel": 0.0, "threads": 1}
+        options: dict[str, Any] = {"msg": False, "mip": integer, "gapRel": self.gap, "threads": 1}
         if time_limit is not None:
             options["timeLimit"] = max(time_limit, 0.01)
         try:
