@@ -56,8 +56,8 @@ RELAXED_ROUNDS = 4
 """Linear relaxations of a candidate before the next candidate has its turn."""
 DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 16, 3
 """What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
-PATIENCE_SECONDS, ACCEPTED_GAP = 4.0, 0.01
-"""CPU-seconds of a search after which a plan within this share of the bound is enough."""
+PATIENCE_SECONDS = 4.0
+"""CPU-seconds of a search after which a plan within the accepted gap is enough."""
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
 
@@ -117,7 +117,7 @@ class _Search:
         self.started = time.monotonic()
         limit = constraints.time_limit_seconds
         self.deadline = None if limit is None else self.started + limit
-        self.patience = Patience(time.process_time() + PATIENCE_SECONDS, ACCEPTED_GAP)
+        self.patience = Patience(time.process_time() + (PATIENCE_SECONDS if constraints.accepted_gap else 1e9), constraints.accepted_gap)
         self.cutoff = cutoff
         self.best: Found | None = None
         self.others: dict[Decisions, Found] = {}

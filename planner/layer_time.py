@@ -47,6 +47,8 @@ class _Parts(NamedTuple):
     elementwise: float
     core: float
     """Attention between its projections, forward."""
+    pointwise: float
+    """Of the element-wise part, the norms and the activation function."""
     backward_input: float
     backward_weight: float
     communication_forward: float
@@ -65,8 +67,8 @@ def layer_seconds(
 ) -> LayerSeconds:
     """One layer's passes for one micro-batch on one rank; `decisions.stages` may be empty.
 
-    Full recomputation adds the forward pass with its communication to the backward pass, selective the attention core
-    (Korthikanti et al. 2022, arXiv 2205.05198, section 5).
+    Full recomputation adds the forward pass with its communication to the backward pass, selective what the program runs
+    again: in Megatron the attention core (Korthikanti et al. 2022, arXiv 2205.05198, section 5).
     """
     return timed_layer(inputs, decisions, kind, recompute, software or software_of(inputs))[0]
 
@@ -91,9 +93,20 @@ def timed_layer(
         backward += forward
         communication += sent
     elif kind == "block" and recompute == "selective":
-        again = parts.core if program.selective_recompute == "core" else 0.5 * parts.matmul + parts.elementwise
-        backward += again * forward_scale
+        backward += _selective(parts, inputs, program) * forward_scale
     return LayerSeconds(forward, backward + weight, backward, weight), communication
+
+
+def _selective(parts: _Parts, inputs: Inputs, program: Software) -> float:
+    """What selective recomputation runs again: the attention core (Megatron), every second operation (torchtitan), or the norms
+    and the activation function, and the scores where they are kept at all (our executor).
+    """
+    if program.selective_recompute == "core":
+        return parts.core
+    if program.selective_recompute == "op":
+        return 0.5 * parts.matmul + parts.elementwise
+    unfused = (inputs.training.attention or program.attention) == "unfused"
+    return parts.pointwise + (parts.core if unfused else 0.0)
 
 
 def _backward_communication(seconds: float, sequence_parallel: bool, overlap: float) -> float:
@@ -143,13 +156,14 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     heavy = whole * (8 * model.num_norms_per_layer + 2.5 * residuals + 2) + n * (rotary + 3 * heads + (2 * ups + 2) * f)
     passes = size * program.elementwise_passes
     elementwise = elementwise_seconds(cluster, light * passes, 8)
+    pointwise = elementwise_seconds(cluster, (whole * 2 * model.num_norms_per_layer + n * (ups + 1) * f) * passes, 3)
     backward += elementwise_seconds(cluster, heavy * passes, 14) + core_backward
     if program.cast_bytes:
         elementwise += elementwise_seconds(cluster, program.cast_bytes * (inward + parameters), 8)
         backward += elementwise_seconds(cluster, program.cast_bytes * outward, 8)
     weight += elementwise_seconds(cluster, parameters * program.accumulation_bytes * (size / 2), 4)
     communication = residuals * _sum_seconds(cluster, decisions, program, float(n * h * size))
-    return _Parts(forward, elementwise, core, backward, weight, communication, communication)
+    return _Parts(forward, elementwise, core, pointwise, backward, weight, communication, communication)
 
 
 def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, num_bytes: float) -> float:
@@ -193,7 +207,7 @@ def _embedding(inputs: Inputs, decisions: Decisions, program: Software) -> _Part
     light = elementwise_seconds(cluster, 4 * volume * program.elementwise_passes, 4)
     table = model.token_embedding_parameters / decisions.tensor_parallel * program.accumulation_bytes * (size / 2)
     communication = _sum_seconds(cluster, decisions, program, volume)
-    return _Parts(0.0, light, 0.0, 0.0, light + elementwise_seconds(cluster, table), communication, 0.0)
+    return _Parts(0.0, light, 0.0, 0.0, 0.0, light + elementwise_seconds(cluster, table), communication, 0.0)
 
 
 def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
@@ -215,7 +229,7 @@ def _head(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
     gathered = communication if decisions.sequence_parallel else 0.0
     if t > 1 and program.loss_collectives:
         gathered += program.loss_collectives * all_reduce_seconds(axis_group(cluster, decisions, "tp"), 4.0 * n) + cluster.efficiency.wait_seconds
-    return _Parts(forward, elementwise, 0.0, backward, weight, gathered, communication)
+    return _Parts(forward, elementwise, 0.0, 0.0, backward, weight, gathered, communication)
 
 
 def transfer_seconds(inputs: Inputs, decisions: Decisions, from_rank: int = 0, software: Software | None = None) -> float:

@@ -68,7 +68,7 @@ def _run(row: dict[str, Any], case: Case, text: str) -> Run:
     return Run(
         program=_program(row, case, text),
         fused_attention=case.software.attention == "fused",
-        selective=case.software.selective_recompute,
+        selective="op" if case.software.selective_recompute == "op" else "core",
         context_parallel=context if isinstance(context, int) else 1,
         flights=flights,
     )

@@ -37,8 +37,9 @@ class Software(Document, frozen=True, kw_only=True):
     """Bytes read and written per logit by the cross-entropy, forward and backward together."""
     accumulation_bytes: float = 6.0
     """Bytes read and written per parameter to add one micro-batch's weight gradients to the sum."""
-    selective_recompute: Literal["core", "op"] = "core"
-    """What selective recomputation runs again: the attention core, or every second matrix product and the element-wise rest."""
+    selective_recompute: Literal["core", "op", "pointwise"] = "core"
+    """What selective recomputation runs again: the attention core; every second matrix product and the element-wise rest; or norms,
+    activation functions and unfused scores."""
     gradient_bytes: int = 2
     """Bytes of a gradient element in the data-parallel reduction, for 16-bit weights."""
     optimizer_bytes: float = 34.0

@@ -64,6 +64,7 @@ WRONG = [
     (["estimate", "--model", "gpt3", "--memory-fraction", "2"], "--memory-fraction"),
     (["estimate", "--model", "/no/such/config.json"], "--model"),
     (["estimate"], "--model"),
+    (["solve", "--model", "gpt3", "--cluster", "a100-80gb:8", "--global-batch-size", "8", "--gap", "1"], "--gap"),
     (["estimte"], "estimate"),
     (["models", "gpt"], "NAME"),
     (["show", "/no/such/plan.json"], "PLAN"),
