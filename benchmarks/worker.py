@@ -1,7 +1,8 @@
 """Runs many plans in one start of the ranks: `torchrun ... benchmarks/worker.py PLANS.json RESULT.json --steps N --rounds K`.
 
 Each plan is trained by the executor's own code; starting processes for each would take longer than the steps. The plans
-are gone through `rounds` times, so that a machine whose speed drifts treats all alike. Rank 0 writes, for each plan, the
+are gone through `rounds` times, so that a machine whose speed drifts treats all alike. Each has process groups of its own, which are taken
+down behind it: gloo's threads wake up a hundred times a second for as long as their group is there. Rank 0 writes, for each plan, the
 seconds of every step but the first of a round, and the pipeline phase's bubble and utilisation from the timeline.
 """
 
@@ -84,21 +85,23 @@ def main() -> None:
     torch.set_num_threads(1)
     documents = json.loads(Path(options.plans).read_text(encoding="utf-8"))
     plans = [convert(document, Plan, options.plans, SCHEMA) for document in documents]
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    store, rank, world_size = next(dist.rendezvous("env://"))
     results: list[dict[str, list[float]]] = [{} for _ in plans]
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
         for index, plan in enumerate(plans):
+            dist.init_process_group("gloo", store=dist.PrefixStore(f"{turn}-{index}", store), rank=rank, world_size=world_size)
             found = run(plan, options.steps)
             gc.collect()
+            dist.barrier()
+            dist.destroy_process_group()
             if rank == 0 and found:
                 for key, values in found.items():
                     results[index].setdefault(key, []).extend(values)
                 sys.stderr.write(f"{index + 1}/{len(plans)}: {1e3 * min(found['seconds']):.0f} ms\n")
     if rank == 0:
         Path(options.output).write_text(json.dumps(results), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(world_size)])
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def _pass_ratios(cluster: ClusterSpec, point: StepPoint) -> tuple[float, float]:
 
 
 def _waiting(cluster: ClusterSpec, point: StepPoint) -> list[tuple[float, float]]:
-    """Predicted and measured seconds of a step's collectives: those in the passes, and the reductions behind them.
+    """Predicted and measured seconds of a step's collectives in its passes; the reductions behind them go with the fixed cost of a step.
 
     Where passes with collectives in them compute longer than without, that too is what the collectives cost.
     """
@@ -361,8 +361,7 @@ def _waiting(cluster: ClusterSpec, point: StepPoint) -> list[tuple[float, float]
     inside = decisions.num_microbatches * (sum(_passes(cluster, point, silent=False)) - computing)
     if decisions.zero_stage == 3:
         return [(inside + reduction, point.communication_seconds + point.reduction_seconds + longer)]
-    found = [(inside, point.communication_seconds + longer)] if decisions.tensor_parallel > 1 else []
-    return [*found, (reduction, point.reduction_seconds)] if decisions.data_parallel > 1 else found
+    return [(inside, point.communication_seconds + longer)] if decisions.tensor_parallel > 1 else []
 
 
 def _fit_waits(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec:
@@ -386,15 +385,16 @@ def _fit_waits(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec
 
 
 def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
-    """The fixed cost of a step: what is left of it outside passes and reductions, once the optimizer is taken off."""
+    """The fixed cost of a step: what is left of it outside the passes once reduction and optimizer are taken off. Most of it is waiting for
+    the rank that came last to the step's end."""
     points = [point for point in measured.steps if point.decisions.pipeline_parallel == 1 and point.decisions.zero_stage == 0]
     efficiency = cluster.efficiency
     if points:
-        left = [
-            point.rest_seconds
-            - optimizer_seconds(_of_step(cluster, point), point.decisions, point.model.num_parameters / point.decisions.tensor_parallel)
-            for point in points
-        ]
+        left = []
+        for point in points:
+            inputs, count = _of_step(cluster, point), point.model.num_parameters / point.decisions.tensor_parallel
+            expected = optimizer_seconds(inputs, point.decisions, count) + reduce_seconds(inputs, point.decisions, count)
+            left.append(point.rest_seconds + point.reduction_seconds - expected)
         efficiency = replace(efficiency, step_seconds=max(0.0, statistics.median(left)))
     if measured.late_receives:
         inside = [point.seconds for point in measured.late_receives if point.inside]
