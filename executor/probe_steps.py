@@ -46,7 +46,7 @@ WARM_STEPS = 2
 LEAST_STEPS = 3
 MOST_STEPS = 20
 BUDGET_SECONDS = 0.8
-"""Of a plan's steps, the first ones not counted; twice as long where collectives lie in the passes, since they vary most."""
+"""Of a plan's steps, the first ones not counted; twice as long for two ranks where collectives lie in the passes, since they vary most."""
 
 INSIDE: tuple[AxisName, ...] = ("tp", "dp", "pp")
 ACROSS: tuple[AxisName, ...] = ("dp", "tp", "pp")
@@ -75,14 +75,15 @@ def short_plans(device: str, num_ranks: int, per_node: int) -> list[Short]:
         gpt, llama = variant("tiny-gpt", 1024, 16, 4), variant("tiny-llama", 2048, 16, 4)
         shapes = ((llama, 4, 1024), (gpt, 8, 1024), (gpt, 1, 512))
         return [found for model, batch, length in shapes for found in _short(model, length, "mixed-bf16", batch, 2, dp=num_ranks)]
-    gpt, llama, small = variant("tiny-gpt", 160, 4, 6), variant("tiny-llama", 192, 8, 4), variant("tiny-gpt", 160, 4, 3)
-    n, nodes = num_ranks, num_ranks // per_node
+    n, nodes, times = num_ranks, num_ranks // per_node, 2 if num_ranks <= 2 else 1  # more ranks often share cores, and take longer
+    gpt, llama, small = variant("tiny-gpt", 160, 4, 4 + times), variant("tiny-llama", 192, 8, 2 + times), variant("tiny-gpt", 160, 4, 3)
     rows: list[tuple[ModelSpec, int, int, int, dict[str, Any]]] = [
-        (gpt, 128, 4, 2, {"dp": n}), (gpt, 128, 1, 8, {"dp": n}), (llama, 64, 4, 4, {"dp": n}), (gpt, 64, 1, 8, {"dp": n}),
+        (gpt, 128, 4, 2, {"dp": n}), (gpt, 128, 1, 4 * times, {"dp": n}), (llama, 64, 4, 2 * times, {"dp": n}),
+        (gpt, 64, 1, 4 * times, {"dp": n}),
     ]  # fmt: skip
     if n > 1:
         rows += [(llama, 64, 4, 2, {"dp": n, "zero": 3}), (small, 64, 1, 2, {"dp": n, "zero": 3})]
-        rows += [(gpt, 128, 2, 4 * n, {"pp": n}), (gpt, 128, 1, 4 * n, {"pp": n, "virtual": 2})]
+        rows += [(gpt, 128, 2, 2 * times * n, {"pp": n}), (gpt, 128, 1, 2 * times * n, {"pp": n, "virtual": 2})]
         rows += [(gpt, 64, 1, 2, {"tp": n}), (gpt, 128, 4, 2, {"tp": n})] if nodes == 1 else [(gpt, 32, 1, 2, {"tp": n})]
         rows += [(llama, 64, 4, 2, {"tp": n, "sequence": True})] if nodes == 1 else []
     if 1 < per_node < n:
@@ -245,7 +246,8 @@ def _train(short: Short, device: torch.device) -> list[list[_Step]]:
         found.append(_Step(trainer.recorder.records(), list(log), time.perf_counter() - started))
         if len(found) == WARM_STEPS:
             inside = short.decisions.tensor_parallel > 1 or short.decisions.zero_stage == 3
-            wanted = torch.tensor([(2 if inside else 1) * BUDGET_SECONDS / found[-1].seconds], dtype=torch.float64, device=device)
+            budget = BUDGET_SECONDS * (2 if inside and dist.get_world_size() == 2 else 1)
+            wanted = torch.tensor([budget / found[-1].seconds], dtype=torch.float64, device=device)
             dist.all_reduce(wanted, dist.ReduceOp.MIN)
             count = WARM_STEPS + int(min(max(LEAST_STEPS, float(wanted)), MOST_STEPS))
     everyone: list[Any] = [None] * dist.get_world_size()
