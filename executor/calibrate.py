@@ -22,11 +22,12 @@ from executor.probe_links import collective_points, message_points
 from executor.probe_steps import train_shortly
 from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
 from executor.processes import processor_name, run_ranks
-from planner.calibration import Measurements, Residual, fit
+from planner.calibration import Residual, fit
 from planner.cluster import ClusterSpec
 from planner.correction import correct
 from planner.documents import dumps, write_text
 from planner.errors import InputError, MeshwrightError
+from planner.measurements import Measurements
 from planner.plan import load_plan, plan_hash, replace
 from planner.run import load_actions, load_run
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from executor.mesh import Axis
-from planner.calibration import CollectivePoint, MessagePoint
+from planner.measurements import CollectivePoint, MessagePoint
 
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 CUDA_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 26)

@@ -32,10 +32,10 @@ from executor.measure import Record
 from executor.mesh import Axis, Mesh, coordinates_of, make_mesh
 from executor.probes import variant
 from executor.train import RunOptions, Trainer
-from planner.calibration import MessagePoint, StepPoint
 from planner.cluster import presets as clusters
 from planner.cluster import with_num_gpus
 from planner.errors import InputError
+from planner.measurements import MessagePoint, StepPoint
 from planner.model import ModelSpec
 from planner.plan import (
     Axis as AxisName,

@@ -18,7 +18,7 @@ from executor.mesh import Axis, Mesh
 from executor.model import build_stages
 from executor.optimizer import OptimizerOptions, UnitOptimizer
 from executor.pipeline import StageCompute
-from planner.calibration import LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint
+from planner.measurements import LayerPoint, MatmulPoint, MemoryPoint, OptimizerPoint
 from planner.model import ModelSpec, presets
 from planner.plan import Decisions, Precision, make_stages, replace
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration import (
+from planner.calibration import fit, minimise
+from planner.cluster import load_cluster
+from planner.correction import correct
+from planner.estimate import predict
+from planner.kernels import elementwise_seconds, matmul_seconds
+from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
+from planner.measurements import (
     CollectivePoint,
     LayerPoint,
     MatmulPoint,
@@ -15,14 +21,7 @@ from planner.calibration import (
     MessagePoint,
     OptimizerPoint,
     StepPoint,
-    fit,
-    minimise,
 )
-from planner.cluster import load_cluster
-from planner.correction import correct
-from planner.estimate import predict
-from planner.kernels import elementwise_seconds, matmul_seconds
-from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
 from planner.model import load_model
 from planner.network import all_gather_seconds, all_reduce_seconds, group, message_seconds
 from planner.paradigms import as_plan

@@ -15,7 +15,9 @@ ORDER = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {"pulp": {"solver"}, "highspy": {"solver"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
-EXECUTOR_MAY = {"errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "correction"}
+EXECUTOR_MAY = {
+    "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "correction", "measurements",
+}  # fmt: skip
 
 
 def modules(package: str):
