@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,7 +43,8 @@ Place = tuple[str, bool, tuple[int, int] | None]
 
 def hf_tensor(model: ModelSpec, name: str) -> Place:
     """Where Hugging Face keeps the parameter `name`."""
-    return {"gpt2": _gpt2, "bloom": _bloom, "llama": _llama}[family_of(model)](name)
+    family = family_of(model)
+    return _llama(name) if family == "llama" else _gpt(name, _GPT2 if family == "gpt2" else _BLOOM)
 
 
 def part_groups(model: ModelSpec) -> int:
@@ -50,45 +52,50 @@ def part_groups(model: ModelSpec) -> int:
     return model.num_attention_heads if family_of(model) == "bloom" else 1
 
 
-def _bloom(name: str) -> Place:
-    fixed = {
+class _GptNames(NamedTuple):
+    """What the GPT-2 and BLOOM of Hugging Face call the same parts. Both hold query, key and value in one tensor."""
+
+    ends: dict[str, str]
+    norms: tuple[str, str]
+    """Before the attention, before the MLP."""
+    fused: str
+    modules: dict[str, str]
+    transposed: bool
+
+
+_ENDS = {"head.norm.gain": "transformer.ln_f.weight", "head.norm.bias": "transformer.ln_f.bias"}
+_GPT2 = _GptNames(
+    ends={**_ENDS, "embedding.tokens": "transformer.wte.weight", "embedding.positions": "transformer.wpe.weight"},
+    norms=("ln_1", "ln_2"),
+    fused="attn.c_attn",
+    modules={"output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    transposed=True,
+)
+_BLOOM = _GptNames(
+    ends={
+        **_ENDS,
         "embedding.tokens": "transformer.word_embeddings.weight",
         "embedding.norm.gain": "transformer.word_embeddings_layernorm.weight",
         "embedding.norm.bias": "transformer.word_embeddings_layernorm.bias",
-        "head.norm.gain": "transformer.ln_f.weight",
-        "head.norm.bias": "transformer.ln_f.bias",
-    }
-    if name in fixed:
-        return fixed[name], False, None
+    },
+    norms=("input_layernorm", "post_attention_layernorm"),
+    fused="self_attention.query_key_value",
+    modules={"output": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+    transposed=False,
+)
+
+
+def _gpt(name: str, names: _GptNames) -> Place:
+    if name in names.ends:
+        return names.ends[name], False, None
     _, index, part, *rest = name.split(".")
     prefix, last = f"transformer.h.{index}", rest[-1]
     if rest[0] == "norm":
-        norm = "input_layernorm" if part == "attention" else "post_attention_layernorm"
-        return f"{prefix}.{norm}.{'weight' if last == 'gain' else 'bias'}", False, None
+        return f"{prefix}.{names.norms[part != 'attention']}.{'weight' if last == 'gain' else 'bias'}", False, None
+    transposed = names.transposed and last == "weight"
     if rest[0] in ("query", "key", "value"):
-        return f"{prefix}.self_attention.query_key_value.{last}", False, (("query", "key", "value").index(rest[0]), 3)
-    module = {"output": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}[rest[0]]
-    return f"{prefix}.{module}.{last}", False, None
-
-
-def _gpt2(name: str) -> Place:
-    fixed = {
-        "embedding.tokens": "transformer.wte.weight",
-        "embedding.positions": "transformer.wpe.weight",
-        "head.norm.gain": "transformer.ln_f.weight",
-        "head.norm.bias": "transformer.ln_f.bias",
-    }
-    if name in fixed:
-        return fixed[name], False, None
-    _, index, part, *rest = name.split(".")
-    prefix, last = f"transformer.h.{index}", rest[-1]
-    if rest[0] == "norm":
-        norm = "ln_1" if part == "attention" else "ln_2"
-        return f"{prefix}.{norm}.{'weight' if last == 'gain' else 'bias'}", False, None
-    if rest[0] in ("query", "key", "value"):
-        return f"{prefix}.attn.c_attn.{last}", last == "weight", (("query", "key", "value").index(rest[0]), 3)
-    module = {"output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}[rest[0]]
-    return f"{prefix}.{module}.{last}", last == "weight", None
+        return f"{prefix}.{names.fused}.{last}", transposed, (("query", "key", "value").index(rest[0]), 3)
+    return f"{prefix}.{names.modules[rest[0]]}.{last}", transposed, None
 
 
 def _llama(name: str) -> Place:
