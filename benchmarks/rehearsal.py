@@ -33,7 +33,6 @@ from planner.timeline import Event, Timeline, bubble_fraction, simulate
 
 SCHEDULES = (("Naive", 1), ("GPipe", 1), ("1F1B", 1), ("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 2))
 MODEL = replace(load_model("tiny-gpt"), name="tiny-gpt-38", num_layers=38)
-SHORTEST_ACTION_SECONDS = 0.008
 REFERENCE = replace(load_model("tiny-llama"), name="tiny-llama-22", num_layers=22)
 
 
@@ -97,16 +96,10 @@ def predicted(plan: Plan, lines: Script, costs: Costs) -> float:
     return bubble_fraction(timeline)
 
 
-def shortened(plan: Plan) -> Script:
-    """The script of `plan run --rehearse`, quicker: the shortest action takes SHORTEST_ACTION_SECONDS."""
-    usual = script(plan)
-    return script(plan, usual.scale * SHORTEST_ACTION_SECONDS / min(usual.seconds.values()))
-
-
 def rehearse(plan: Plan, steps: int) -> list[Timeline]:
     """On every rank; the timelines of the steps on rank 0."""
     mesh = make_mesh(plan.decisions, dist.get_rank(), timeout_seconds=120)
-    rehearsal = Rehearsal(plan, mesh, shortened(plan))
+    rehearsal = Rehearsal(plan, mesh, script(plan))
     found = []
     for _ in range(steps):
         rehearsal.step()
@@ -155,14 +148,14 @@ def work(rank: int, world: int, store: str, microbatches: list[int], steps: int,
     references = [
         make_plan(REFERENCE, load_cluster("cpu"), pp=world, num_microbatches=count, schedule=name) for name, count in (("Naive", 4), ("1F1B", 12))
     ]
-    runs = [(shortened(plan), rehearse(plan, steps)) for plan in references]
+    runs = [(script(plan), rehearse(plan, steps)) for plan in references]
     costs = costs_of(runs) if rank == 0 else NO_COSTS
     rows = []
     for case in cases(world, microbatches):
         timelines = rehearse(case.plan, steps)
         if rank:
             continue
-        lines = shortened(case.plan)
+        lines = script(case.plan)
         measured = statistics.median(bubble_fraction(timeline) for timeline in timelines[1:])
         row = {
             "schedule": case.schedule, "num_ranks": world, "num_microbatches": case.num_microbatches, "stages": case.stages, "measured": measured,
