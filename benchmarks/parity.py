@@ -113,6 +113,8 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination("neox", dp=2, tp=2, zero=3, sp=True, recompute="full"),
     combination("gptj", tp=2, sp=True, fast=True),
     combination("gptj", dp=2, pp=2, schedule="ZBVZeroBubble", v=2, zero=3),
+    combination("falcon", tp=2, sp=True, fast=True),  # one key-value head, held by every rank
+    combination("falcon", dp=2, tp=2, zero=2, recompute="selective"),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -146,11 +148,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("tiny-gpt", {}),
     "llama": ("tiny-llama", {}),
     "bloom": ("tiny-gpt", {"position_embedding": "alibi", "num_position_embeddings": 0, "embedding_norm": True, "family": "bloom"}),
-    "neox": ("tiny-gpt", {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "tied_embeddings": False}),
+    "neox": (
+        "tiny-gpt",
+        {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "tied_embeddings": False, "rotary_dim": 2,
+         "activation": "gelu_erf", "family": "neox"},
+    ),
     "gptj": (
         "tiny-gpt",
         {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "num_norms_per_layer": 1, "qkv_bias": False,
-         "attention_output_bias": False, "head_bias": True, "tied_embeddings": False},
+         "attention_output_bias": False, "head_bias": True, "tied_embeddings": False, "rotary_dim": 4, "rotary_neighbours": True, "family": "gptj"},
+    ),
+    "falcon": (
+        "tiny-gpt",
+        {"position_embedding": "rope", "num_position_embeddings": 0, "parallel_block": True, "num_norms_per_layer": 1, "qkv_bias": False,
+         "attention_output_bias": False, "mlp_bias": False, "num_key_value_heads": 1, "activation": "gelu_erf", "family": "falcon"},
     ),
 }
 """A preset, and what the family changes in it."""

@@ -13,37 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from planner.model import ModelSpec
+
 Heads = tuple[int, int, int]
 """Query, key and value heads of this rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves rotated against each other as in Llama."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) on the first elements of each head, all of them or a part."""
 
     cosine: torch.Tensor
-    """[sequence, 1, head_dim / 2] in fp32 (as `sine`)."""
+    """[sequence, 1, turned elements / 2] in fp32 (as `sine`)."""
     sine: torch.Tensor
     num_heads: int
     """Query and key heads of this rank, which come first in a row."""
     head_dim: int
+    neighbours: bool = False
+    """Whether neighbours are turned against each other (GPT-J), not the halves of the turned part (Llama, GPT-NeoX)."""
 
     def rotate_(self, rows: torch.Tensor, direction: float) -> None:
         """Rotates the query and key heads of `rows` [tokens, ...] in place."""
         length = self.cosine.shape[0]
         heads = rows[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim)).unflatten(0, (-1, length))
-        first, second = heads.chunk(2, -1)
+        turned = heads[..., : 2 * self.cosine.shape[-1]]
+        first, second = (turned[..., 0::2], turned[..., 1::2]) if self.neighbours else turned.chunk(2, -1)
         cosine, sine = self.cosine.to(rows.dtype), (self.sine * direction).to(rows.dtype)
         kept = first.clone()
         first.mul_(cosine).addcmul_(second, sine, value=-1.0)
         second.mul_(cosine).addcmul_(kept, sine)
 
 
-def make_rope(length: int, num_heads: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+def make_rope(length: int, num_heads: int, model: ModelSpec, device: torch.device) -> Rope:
     """The tables for positions 0..length-1."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    size = model.rotary_size
+    frequencies = 1.0 / model.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
-    return Rope(angles.cos(), angles.sin(), num_heads, head_dim)
+    return Rope(angles.cos(), angles.sin(), num_heads, model.head_dim, model.rotary_neighbours is True)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -147,32 +147,49 @@ def norm_weight_gradient(state: State, unit: Unit, key: str, dgain: torch.Tensor
 # activation functions
 
 
+def _activate(state: State, u: torch.Tensor) -> torch.Tensor:
+    if state.activation == "silu":
+        return F.silu(u)
+    if state.activation == "relu":
+        return F.relu(u)
+    return F.gelu(u, approximate=_approximation(state))
+
+
+def _approximation(state: State) -> str:
+    return "none" if state.activation == "gelu_erf" else "tanh"
+
+
 @kernel
 def activation_forward(state: State, u: torch.Tensor) -> torch.Tensor:
     """act(u), or act(gate) · up where u = [gate, up] along the last dim."""
     if state.gated:
         gate, up = u.chunk(2, -1)
-        return (F.silu(gate) if state.activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
-    return F.gelu(u, approximate="tanh") if state.activation == "gelu" else F.relu(u)
+        return _activate(state, gate).mul_(up)
+    return _activate(state, u)
 
 
 @kernel
 def activation_backward(state: State, da: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The gradient of u."""
-    aten = torch.ops.aten
     if state.gated:
         gate, up = u.chunk(2, -1)
         du = torch.empty_like(u)
         dgate, dup = du.chunk(2, -1)
-        silu = state.activation == "silu"
-        torch.mul(da, F.silu(gate) if silu else F.gelu(gate, approximate="tanh"), out=dup)
-        da = da * up
-        dgate.copy_(aten.silu_backward(da, gate) if silu else aten.gelu_backward(da, gate, approximate="tanh"))
+        torch.mul(da, _activate(state, gate), out=dup)
+        dgate.copy_(_activate_backward(state, da * up, gate))
         return du
-    if state.activation == "gelu":
-        gradient: torch.Tensor = aten.gelu_backward(da, u, approximate="tanh")
-        return gradient
-    return da * (u > 0)
+    return _activate_backward(state, da, u)
+
+
+def _activate_backward(state: State, da: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    gradient: torch.Tensor
+    if state.activation == "relu":
+        return da * (u > 0)
+    if state.activation == "silu":
+        gradient = torch.ops.aten.silu_backward(da, u)
+    else:
+        gradient = torch.ops.aten.gelu_backward(da, u, approximate=_approximation(state))
+    return gradient
 
 
 # tensor parallelism

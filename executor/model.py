@@ -263,7 +263,7 @@ def build_stages(
     mlp_norm = "norm1" if model.num_norms_per_layer == 1 else "norm2"
     shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi, model.parallel_block, mlp_norm)
     if model.position_embedding == "rope":
-        rope = make_rope(sequence_length, heads[0] + heads[1], model.head_dim, model.rope_theta, device)
+        rope = make_rope(sequence_length, heads[0] + heads[1], model, device)
 
     def make_unit(layout: Layout) -> Unit:
         return Unit(

@@ -181,7 +181,8 @@ def batch_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int
 
 
 def position_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | None = None) -> int:
-    """The tables of positions on every rank that has blocks (on any rank without `pipeline_rank`): rotary ones in fp32, s·D·4 bytes; ALiBi's biases
+    """The tables of positions on every rank that has blocks (on any rank without `pipeline_rank`): rotary ones in fp32, 4 bytes for each
+    of s positions and turned element of a head; ALiBi's biases
     of the rank's heads in the compute type, a/t·s²."""
     model, length = inputs.model, inputs.training.sequence_length
     if model.position_embedding == "learned" or inputs.training.profile == "megatron":
@@ -191,7 +192,7 @@ def position_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | No
         return 0
     if model.position_embedding == "alibi":
         return model.num_attention_heads // decisions.tensor_parallel * length**2 * element_bytes(inputs.training.precision)
-    return length * (model.head_dim // 2) * 2 * 4
+    return length * (model.rotary_size // 2) * 2 * 4
 
 
 def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:

@@ -21,7 +21,8 @@ from planner.traced import is_reference
 
 PositionEmbedding = Literal["learned", "rope", "alibi"]
 Norm = Literal["layernorm", "rmsnorm"]
-Activation = Literal["gelu", "silu", "relu"]
+Activation = Literal["gelu", "gelu_erf", "silu", "relu"]
+"""gelu is its approximation by tanh (GPT-2), gelu_erf the exact one (GPT-NeoX, Falcon)."""
 
 
 class ModelSpec(Document, frozen=True, kw_only=True):
@@ -62,6 +63,19 @@ class ModelSpec(Document, frozen=True, kw_only=True):
     num_training_tokens: float | None = None
     """Tokens that the published model was trained on, where its paper says so."""
     source: str = ""
+
+    # Fields that came later. Unset, they are in no document, so that plans made before keep their hash.
+    rotary_dim: int | msgspec.UnsetType = msgspec.UNSET
+    """Elements of each query and key head that rotary positions turn, the first ones; unset, all."""
+    rotary_neighbours: bool | msgspec.UnsetType = msgspec.UNSET
+    """Whether rotary positions turn elements 2i and 2i + 1 against each other (GPT-J), instead of i and i + rotary size / 2."""
+
+    @property
+    def rotary_size(self) -> int:
+        """Elements of each query and key head that rotary positions turn; 0 with other positions."""
+        if self.position_embedding != "rope":
+            return 0
+        return self.head_dim if self.rotary_dim is msgspec.UNSET else self.rotary_dim
 
     @property
     def query_size(self) -> int:
@@ -145,8 +159,11 @@ def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
             model.num_position_embeddings,
             "more than 0 with learned positions, 0 with any other",
         )
-    if model.position_embedding == "rope" and model.head_dim % 2:
-        raise InputError(f"{where}: head_dim", model.head_dim, "rotary positions need an even number")
+    if model.rotary_dim is not msgspec.UNSET and (model.position_embedding != "rope" or not 0 < model.rotary_dim <= model.head_dim):
+        raise InputError(f"{where}: rotary_dim", model.rotary_dim, f"1 to head_dim ({model.head_dim}), and that with rotary positions only")
+    if model.rotary_size % 2:
+        field = "head_dim" if model.rotary_dim is msgspec.UNSET else "rotary_dim"
+        raise InputError(f"{where}: {field}", model.rotary_size, "rotary positions need an even number")
     return model
 
 
@@ -201,14 +218,22 @@ HF_KEYS: dict[str, tuple[str, ...]] = {
     "tied_embeddings": ("tie_word_embeddings",),
     "norm_epsilon": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "rotary_dim": ("rotary_dim",),
+    "rotary_factor": ("rotary_pct", "partial_rotary_factor"),
 }
+# What Hugging Face calls an activation function, and what it is called here.
+HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu_erf", "gelu_python": "gelu_erf", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu",
+    "silu": "silu", "swish": "silu", "relu": "relu",
+}  # fmt: skip
 
 _LLAMA: dict[str, Any] = {
     "family": "llama", "position_embedding": "rope", "norm": "rmsnorm", "activation": "silu", "gated_ffn": True,
     "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied_embeddings": False,
 }  # fmt: skip
 _NEOX: dict[str, Any] = {
-    "family": "neox", "position_embedding": "rope", "tied_embeddings": False, "parallel_block": True,
+    "family": "neox", "position_embedding": "rope", "tied_embeddings": False, "parallel_block": True, "activation": "gelu_erf",
+    "rotary_factor": 0.25,
 }  # fmt: skip
 # What an architecture fixes, by HF `model_type`. A key of the config, where it has one, wins over this table.
 HF_ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -222,9 +247,52 @@ HF_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": _LLAMA | {"family": "gemma", "activation": "gelu", "tied_embeddings": True},
     "gemma2": _LLAMA | {"family": "gemma2", "activation": "gelu", "tied_embeddings": True, "num_norms_per_layer": 4},
     "gpt_neox": _NEOX,
-    "gptj": _NEOX | {"family": "gptj", "num_norms_per_layer": 1, "qkv_bias": False, "attention_output_bias": False, "head_bias": True},
-    "phi": _NEOX | {"family": "phi", "num_norms_per_layer": 1, "head_bias": True},
+    "gptj": _NEOX | {
+        "family": "gptj", "num_norms_per_layer": 1, "qkv_bias": False, "attention_output_bias": False, "head_bias": True, "activation": "gelu",
+        "rotary_dim": 64, "rotary_neighbours": True, "max_sequence_length": 2048,
+    },
+    "phi": _NEOX | {"family": "phi", "num_norms_per_layer": 1, "head_bias": True, "activation": "gelu", "rotary_factor": 0.5},
+    "falcon": _NEOX | {
+        "family": "falcon", "tied_embeddings": True, "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "rotary_factor": 1.0,
+    },
 }  # fmt: skip
+
+
+def _activation(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The activation function that a config names, as a field. Raises InputError for one that is not known here."""
+    for key in ("hidden_activation", "activation_function", "hidden_act", "activation"):
+        if (name := config.get(key)) is not None:
+            if name not in HF_ACTIVATIONS:
+                raise InputError(f"{path}: {key}", name, f"one of {', '.join(HF_ACTIVATIONS)} is expected")
+            return {"activation": HF_ACTIVATIONS[name]}
+    return {}
+
+
+def _falcon_block(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What a Falcon config says about its blocks. 40B and 180B have the new architecture; 7B shares one key-value head and one norm."""
+    found: dict[str, Any] = {"position_embedding": "alibi"} if config.get("alibi") else {}
+    if config.get("bias"):
+        found |= {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    if config.get("new_decoder_architecture"):
+        return found | {"num_norms_per_layer": config.get("num_ln_in_parallel_attn") or 2}
+    parallel = config.get("parallel_attn", True)
+    heads = 1 if config.get("multi_query", True) else values["num_attention_heads"]
+    return found | {"num_key_value_heads": heads, "parallel_block": parallel, "num_norms_per_layer": 1 if parallel else 2}
+
+
+def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Base and part of rotary positions; older configs have them at their top, newer ones in `rope_parameters`. Raises InputError."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
+    found = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if values["position_embedding"] != "rope":
+        return found
+    factor = rope.get("partial_rotary_factor", values.get("rotary_factor", 1.0))
+    if not isinstance(factor, int | float) or not 0 < factor <= 1:
+        raise InputError(f"{path}: partial_rotary_factor", factor, "a number above 0 and at most 1 is expected")
+    whole = values["head_dim"]
+    size = values.get("rotary_dim") or (int(whole * factor) if isinstance(whole, int) else whole)
+    return found if size == whole else found | {"rotary_dim": size}
 
 
 def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
@@ -261,9 +329,19 @@ def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
         values |= {"qkv_bias": True, "attention_output_bias": True}
     if kind == "llama" and config.get("mlp_bias"):
         values["mlp_bias"] = True
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
+    if kind == "falcon":
+        values |= _falcon_block(config, values)
+    if kind == "gpt_neox":
+        if config.get("use_parallel_residual") is False:
+            values["parallel_block"] = False
+        if config.get("attention_bias") is False:
+            values |= {"qkv_bias": False, "attention_output_bias": False}
+    if kind == "phi" and config.get("qk_layernorm"):
+        raise InputError(f"{path}: qk_layernorm", True, "only Phi models without it are supported")
+    if kind != "gemma":  # its first configs say gelu and mean the approximation
+        values |= _activation(config, path)
+    rotary = _rotary_fields(config, values, path)
+    values = {name: value for name, value in values.items() if name not in ("rotary_factor", "rotary_dim")} | rotary
     if kind == "opt":
         if config.get("word_embed_proj_dim") not in (None, values["hidden_size"]):
             raise InputError(f"{path}: word_embed_proj_dim", config["word_embed_proj_dim"], "only the hidden size is supported")

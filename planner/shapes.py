@@ -73,9 +73,9 @@ class Shape:
     causal_mask: int
     """s²: which scores are masked, in bytes, for every sample and head; 0 where attention is fused."""
     rotated: int
-    """Bytes of half of the rotated query and key heads."""
+    """Bytes of half of what is turned in the query and key heads."""
     rope: int
-    """S·d/2: elements of a rotary table; 0 without rotary positions."""
+    """S·r/2 with r turned elements of a head: elements of a rotary table; 0 without rotary positions."""
     e: int
     hidden: int
     layernorm: bool
@@ -148,7 +148,6 @@ def _shape(
     heads = model.num_attention_heads // t
     key_heads = max(model.num_key_value_heads // t, 1)
     inner = tokens * (model.ffn_hidden_size // t) * e
-    rope = model.position_embedding == "rope"
     return Shape(
         row=rows * model.hidden_size * e,
         whole=tokens * model.hidden_size * e,
@@ -162,8 +161,8 @@ def _shape(
         head_stats=0 if unfused else tokens * heads * 4,
         scores=tokens * heads * length * e if unfused else 0,
         causal_mask=length * length if unfused else 0,
-        rotated=tokens * (heads + key_heads) * (model.head_dim // 2) * e if rope else 0,
-        rope=length * (model.head_dim // 2) if rope else 0,
+        rotated=tokens * (heads + key_heads) * (model.rotary_size // 2) * e,
+        rope=length * (model.rotary_size // 2),
         e=e,
         hidden=model.hidden_size,
         layernorm=model.norm == "layernorm",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from plans import make_plan
 
-from planner.model import read_hf_config
+from planner.model import load_model, read_hf_config, replace
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
 
+from safetensors.torch import save_file  # noqa: E402
+
+from executor.hf_names import architecture_of, hf_config  # noqa: E402
 from executor.huggingface import to_huggingface  # noqa: E402
 from executor.mesh import make_mesh  # noqa: E402
 from executor.train import RunOptions, Trainer  # noqa: E402
@@ -37,11 +41,51 @@ def bloom() -> Any:
     return transformers.BloomForCausalLM(config)
 
 
-@pytest.fixture(params=["gpt2", "bloom", "llama", "llama-tied"])
+SIZES = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 32, "initializer_range": 0.1}
+
+
+def neox(**changes: Any) -> Any:
+    """Pythia's blocks."""
+    config = transformers.GPTNeoXConfig(vocab_size=131, intermediate_size=96, **SIZES | {"num_attention_heads": 3} | changes)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def gptj() -> Any:
+    config = transformers.GPTJConfig(
+        vocab_size=131, n_positions=32, n_embd=48, n_layer=3, n_head=4, rotary_dim=8, initializer_range=0.1, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPTJForCausalLM(config)
+
+
+def phi() -> Any:
+    return transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=131, intermediate_size=96, num_key_value_heads=2, **SIZES))
+
+
+def falcon(**changes: Any) -> Any:
+    """Falcon 7B's blocks: one key-value head, one norm."""
+    return transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=131, **SIZES | changes))
+
+
+MODELS = {
+    "gpt2": gpt2,
+    "bloom": bloom,
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "gpt_neox": neox,
+    "gpt_neox-in-turn": lambda: neox(use_parallel_residual=False, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    "gptj": gptj,
+    "phi": phi,
+    "falcon-7b": falcon,
+    "falcon-40b": lambda: falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-biases": lambda: falcon(bias=True, multi_query=False, parallel_attn=False),
+}
+
+
+@pytest.fixture(params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Trainer, Path]:
     """A randomly initialised transformers model, and ours with its weights."""
     torch.manual_seed(5)
-    theirs = {"gpt2": gpt2, "bloom": bloom, "llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True)}[request.param]().eval()
+    theirs = MODELS[request.param]().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))  # so that biases and gains count too
@@ -62,24 +106,37 @@ def test_logits_equal_those_of_transformers(pair: tuple[Any, Trainer, Path]) -> 
     assert (found - expected).abs().max() < 1e-4
 
 
-def test_exported_weights_are_the_loaded_ones(pair: tuple[Any, Trainer, Path]) -> None:
+def test_exported_weights_are_the_loaded_ones_and_load_into_transformers(pair: tuple[Any, Trainer, Path], tmp_path: Path) -> None:
     theirs, ours, _ = pair
     values = {}
     for unit in ours.units:
         for piece, offset in unit.layout.pieces():
             values[piece.name] = unit.weights[offset : offset + piece.numel].view(piece.shape)
-    exported = to_huggingface(ours.plan.inputs.model, lambda piece: values[piece.name])
+    model = ours.plan.inputs.model
+    exported = to_huggingface(model, lambda piece: values[piece.name])
     state = theirs.state_dict()
     assert set(exported) | {"lm_head.weight"} == set(state)
     for name, tensor in exported.items():
         assert torch.equal(tensor, state[name]), name
+    save_file(exported, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model)))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, 131, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
 def test_weights_of_another_model_are_refused(pair: tuple[Any, Trainer, Path]) -> None:
     _, ours, folder = pair
-    from planner.model import replace
-
     other = replace(ours.plan.inputs.model, hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
     plan = make_plan(other, "cpu:1", micro=2, m=1, sequence_length=LENGTH, precision="fp32")
     with pytest.raises(InputError, match="has shape"):
         Trainer(plan, make_mesh(plan.decisions, 0), RunOptions(), torch.device("cpu"), load_from=str(folder))
+
+
+def test_weights_of_a_model_that_has_no_names_there_are_refused_by_what_differs() -> None:
+    spec = replace(load_model("pythia-70m"), head_bias=True)
+    with pytest.raises(InputError, match=r"head_bias: True is not valid; Hugging Face's gpt_neox has False"):
+        architecture_of(spec)
+    with pytest.raises(InputError, match="family"):
+        architecture_of(load_model("gemma-2b"))

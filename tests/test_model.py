@@ -5,7 +5,7 @@ import pytest
 
 from planner.errors import InputError
 from planner.graph import layer_graph
-from planner.model import load_model, presets, read_hf_config
+from planner.model import load_model, presets, read_hf_config, replace
 
 EXACT = json.loads((Path(__file__).parent / "data" / "exact_parameters.json").read_text())
 
@@ -72,9 +72,51 @@ def test_hf_configs_give_the_same_count_as_the_presets(kind: str, tmp_path: Path
     assert load_model(str(tmp_path)).num_parameters == presets()[preset].num_parameters
 
 
+ROTARY = {
+    "gptj": ({"rotary_dim": 64}, "gpt-j-6b"),
+    "gpt_neox": (
+        {
+            "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240, "vocab_size": 50304,
+            "rotary_pct": 0.25,
+        },
+        "pythia-2.8b",
+    ),
+    "phi": (
+        {
+            "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240, "vocab_size": 51200,
+            "partial_rotary_factor": 0.4, "hidden_act": "gelu_new",
+        },
+        "phi-2",
+    ),
+    "falcon": ({"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024, "multi_query": True}, "falcon-7b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_the_turned_part_of_a_head_and_the_activation_are_read(kind: str, tmp_path: Path) -> None:
+    config, preset = ROTARY[kind]
+    (tmp_path / "config.json").write_text(json.dumps((HF[kind][0] if kind in HF else {"model_type": kind}) | config))
+    read, known = load_model(str(tmp_path)), presets()[preset]
+    assert replace(read, name=known.name, source=known.source, num_training_tokens=known.num_training_tokens) == replace(
+        known, rope_theta=read.rope_theta
+    )
+    newer = {key: value for key, value in config.items() if key not in ("rotary_pct", "partial_rotary_factor")}
+    factor = config.get("rotary_pct", config.get("partial_rotary_factor"))
+    if factor is not None:
+        newer = {"model_type": kind, **newer, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": factor}}
+        (tmp_path / "config.json").write_text(json.dumps(newer))
+        assert load_model(str(tmp_path)).rotary_size == known.rotary_size < known.head_dim
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.01}}, "rotary_dim"),
+        ({"rotary_dim": 256}, "rotary_dim"),
+        ({"rotary_dim": 3}, "rotary_dim"),
+        ({"hidden_act": "snake"}, "hidden_act"),
         ({"model_type": "mixtral"}, "model_type"),
         ({"num_hidden_layers": -96}, "num_hidden_layers"),
         ({"hidden_size": "big"}, "hidden_size"),

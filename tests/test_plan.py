@@ -155,3 +155,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="writable"):
         documents.write_text(tmp_path / "none" / "plan.json", "text")
+
+
+def test_a_plan_made_before_the_model_had_its_later_fields_loads() -> None:
+    plan = load_plan(str(Path(__file__).parent / "data" / "older_plan.json"))
+    assert plan.inputs.model == load_model("tiny-llama")
+    assert "rotary_dim" not in documents.builtins(plan.inputs.model)

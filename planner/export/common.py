@@ -151,6 +151,8 @@ def require_llama(plan: Plan, target: str) -> None:
         ("qk_norm", model.qk_norm, False),
         ("embedding_norm", model.embedding_norm, False),
         ("final_norm", model.final_norm, True),
+        ("rotary_size", model.rotary_size, model.head_dim),
+        ("rotary_neighbours", model.rotary_neighbours is True, False),
         ("head_dim", model.head_dim, model.hidden_size // model.num_attention_heads),
     )
     for name, value, allowed in wanted:

@@ -128,7 +128,7 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
         raise refuse(TARGET, "model.num_norms_per_layer", model.num_norms_per_layer, "Megatron-LM's layer has 2")
     if not model.final_norm:
         raise refuse(TARGET, "model.final_norm", False, "Megatron-LM's GPT ends with a norm")
-    feed_forward = {("gelu", False): [], ("silu", True): ["--swiglu"]}.get((model.activation, model.gated_ffn))
+    feed_forward = {("gelu", False): [], ("gelu_erf", False): [], ("silu", True): ["--swiglu"]}.get((model.activation, model.gated_ffn))
     if feed_forward is None:
         value = f"{'gated ' if model.gated_ffn else ''}{model.activation}"
         raise refuse(TARGET, "model.activation", value, "this export knows gelu and gated silu (SwiGLU) there")
@@ -146,7 +146,8 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     positions = model.num_position_embeddings or max(model.max_sequence_length, plan.inputs.training.sequence_length)
     out.append(flag("--max-position-embeddings", positions))
     if model.position_embedding == "rope":
-        out += [flag("--position-embedding-type", "rope"), flag("--rotary-base", round(model.rope_theta)), flag("--rotary-percent", 1.0)]
+        out += [flag("--position-embedding-type", "rope"), flag("--rotary-base", round(model.rope_theta))]
+        out += [flag("--rotary-percent", model.rotary_size / model.head_dim), *(["--rotary-interleaved"] if model.rotary_neighbours is True else [])]
     else:
         out.append(flag("--position-embedding-type", "learned_absolute"))
     out += [flag("--normalization", "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"), flag("--norm-epsilon", model.norm_epsilon)]
