@@ -115,6 +115,14 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination("gptj", dp=2, pp=2, schedule="ZBVZeroBubble", v=2, zero=3),
     combination("falcon", tp=2, sp=True, fast=True),  # one key-value head, held by every rank
     combination("falcon", dp=2, tp=2, zero=2, recompute="selective"),
+    combination("qwen3", tp=2, fast=True),
+    combination("qwen3", tp=2, sp=True, recompute="selective", fast=True),
+    combination("qwen3", tp=4, recompute="full"),
+    combination("qwen3", dp=2, tp=2, zero=1),
+    combination("qwen3", dp=2, tp=2, zero=2, sp=True),
+    combination("qwen3", dp=2, tp=2, zero=3, recompute="full"),
+    combination("qwen3", tp=2, pp=2, schedule="ZBVZeroBubble", v=2),
+    combination("qwen3", dp=2, pp=2, schedule="InterleavedZeroBubble", v=2, zero=3, attention="unfused", recompute="selective"),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -147,6 +155,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("tiny-gpt", {}),
     "llama": ("tiny-llama", {}),
+    "qwen3": ("tiny-llama", {"qk_norm": True, "family": "qwen3"}),
     "bloom": ("tiny-gpt", {"position_embedding": "alibi", "num_position_embeddings": 0, "embedding_norm": True, "family": "bloom"}),
     "neox": (
         "tiny-gpt",

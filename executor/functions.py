@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from executor.attention import Rope
 from executor.mesh import Axis
+from executor.norms import QueryKey, rms_backward, rms_forward
 from executor.units import Unit
 
 P = ParamSpec("P")
@@ -94,12 +94,7 @@ def norm_forward(state: State, x: torch.Tensor, gain: torch.Tensor, bias: torch.
     if state.norm == "layernorm":
         y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gain, bias, state.epsilon)
         return y, mean, rstd
-    if x.is_cuda:
-        y, rstd = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, state.epsilon)
-        return y, rstd
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    rstd = length.square_().div_(x.shape[-1]).add_(state.epsilon).rsqrt_()
-    return (x * rstd).to(x.dtype).mul_(gain), rstd
+    return rms_forward(x, gain, state.epsilon)
 
 
 def norm_again(
@@ -123,16 +118,17 @@ def norm_backward(
         mean, rstd = statistics
         dx, dgain, dbias = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, gain, bias, [True, True, True])
         return dx, dgain, dbias
-    (rstd,) = statistics
-    if x.is_cuda:
-        dx, dgain = torch.ops.aten._fused_rms_norm_backward(dy, x, shape, rstd, gain, [True, True])
-        return dx, dgain, None
-    normed = x * rstd
-    dgain = (dy * normed).sum(0)
-    scaled = dy * gain
-    projection = (normed * scaled).mean(-1, keepdim=True)
-    dx = normed.mul_(projection).neg_().add_(scaled).mul_(rstd)
-    return dx.to(x.dtype), dgain, None
+    dx, dgain = rms_backward(dy, x, statistics[0], gain)
+    return dx, dgain, None
+
+
+def put_off_addition(state: State, unit: Unit, key: str, gradient: torch.Tensor) -> None:
+    """Adds `gradient` to that of the entry `key`, now or in the W action."""
+
+    def add() -> None:
+        unit.gradient(key).add_(gradient)
+
+    state.weight_gradient(add)
 
 
 def norm_weight_gradient(state: State, unit: Unit, key: str, dgain: torch.Tensor, dbias: torch.Tensor | None) -> None:
@@ -215,22 +211,24 @@ def sum_partials(state: State, x: torch.Tensor) -> torch.Tensor:
 
 
 class NormLinear(torch.autograd.Function):
-    """norm, then a column-parallel linear: y = norm(x) W^T + b; with `rope`, then rotary positions on query and key.
+    """norm, then a column-parallel linear: y = norm(x) W^T + b; with `query_key`, then what it does to the query and key heads.
 
-    Saves x (h), the norm's statistics, and norm(x) (h) unless `lean`, which computes it again. Under sequence parallelism x and norm(x) are this
-    rank's rows; norm(x) is gathered again for the weight gradient.
+    Saves x (h), the norm's statistics, and norm(x) (h) unless `lean`, which computes it again; and what `query_key` saves. Under sequence parallelism
+    x and norm(x) are this rank's rows; norm(x) is gathered again for the weight gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, state: State, unit: Unit, norm: str, linear: str, lean: bool, rope: Rope | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, state: State, unit: Unit, norm: str, linear: str, lean: bool, query_key: QueryKey | None
+    ) -> torch.Tensor:
         w = unit.w
         normed, *statistics = norm_forward(state, x, w[f"{norm}.gain"], w.get(f"{norm}.bias"))
-        ctx.state, ctx.unit, ctx.norm, ctx.linear, ctx.lean, ctx.rope = state, unit, norm, linear, lean, rope
-        ctx.save_for_backward(x, *statistics, *(() if lean else (normed,)))
+        ctx.state, ctx.unit, ctx.norm, ctx.linear, ctx.lean, ctx.query_key = state, unit, norm, linear, lean, query_key
         whole = gather_tokens(state, normed)
         y = linear_forward(whole, w[f"{linear}.weight"], w.get(f"{linear}.bias"))
-        if rope is not None:
-            rope.rotate_(y, 1.0)
+        heads = query_key.forward_(y, unit) if query_key is not None else ()
+        ctx.num_heads_saved = len(heads)
+        ctx.save_for_backward(*heads, x, *statistics, *(() if lean else (normed,)))
         return y
 
     @staticmethod
@@ -238,12 +236,13 @@ class NormLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         state, unit, norm, linear = ctx.state, ctx.unit, ctx.norm, ctx.linear
         w = unit.w
-        x, *statistics = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        heads, (x, *statistics) = saved[: ctx.num_heads_saved], saved[ctx.num_heads_saved :]
         normed = None if ctx.lean else statistics.pop()
         statistics = tuple(statistics)
         gain, bias = w[f"{norm}.gain"], w.get(f"{norm}.bias")
-        if ctx.rope is not None:
-            ctx.rope.rotate_(dy, -1.0)
+        if ctx.query_key is not None:
+            ctx.query_key.backward_(dy, unit, heads, lambda key, gradient: put_off_addition(state, unit, key, gradient))
         dwhole = dy @ w[f"{linear}.weight"]
         if state.sequence_parallel:
             dnormed = dwhole.new_empty(x.shape)

@@ -57,6 +57,8 @@ _WIDE = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _FALCON_ENDS = _ends("transformer.word_embeddings", "transformer.ln_f")
 _FALCON_NAMES = Names(_FALCON_ENDS, "transformer.h", _fused("self_attention", "query_key_value", "dense", *_WIDE, _NORMS))
+_LLAMA_ENDS = _ends("model.embed_tokens", "model.norm")
+_LLAMA_PARTS = _apart("self_attn", "o_proj", "mlp.up_proj", "mlp.down_proj", _NORMS) | {"mlp.gate": "mlp.gate_proj"}
 NAMES: dict[str, Names] = {
     "gpt2": Names(
         _ends("transformer.wte", "transformer.ln_f", embedding__positions="transformer.wpe"),
@@ -87,11 +89,8 @@ NAMES: dict[str, Names] = {
     "falcon": _FALCON_NAMES,
     "falcon-in-turn": _FALCON_NAMES,
     "falcon-new": Names(_FALCON_ENDS, "transformer.h", _fused("self_attention", "query_key_value", "dense", *_WIDE, ("ln_attn", "ln_mlp"))),
-    "llama": Names(
-        _ends("model.embed_tokens", "model.norm"),
-        "model.layers",
-        _apart("self_attn", "o_proj", "mlp.up_proj", "mlp.down_proj", _NORMS) | {"mlp.gate": "mlp.gate_proj"},
-    ),
+    "llama": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS),
+    "qwen3": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS | {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}),
 }  # fmt: skip
 
 ALIASES = {"lm_head.weight": "embed_out.weight"}
@@ -107,6 +106,10 @@ _COMMON: Form = {
     "one_or_all_key_heads": (), "square": (True,),
 }  # fmt: skip
 _FALCON: Form = {"activation": ("gelu_erf", "gelu"), "biases": ((True, True, True), (False, False, False)), "multi_head": ()}
+_SWIGLU: Form = {
+    "norm": ("rmsnorm",), "gated_ffn": (True,), "activation": ("silu",), "multi_head": (), "square": (),
+    "biases": ((False, False, False), (True, False, False), (True, True, False)),
+}  # fmt: skip
 _BESIDE: Form = {"parallel_block": (True,), "num_norms_per_layer": (1,)}
 FORMS: dict[str, Form] = {
     "gpt2": {"position_embedding": ("learned",), "whole_heads_turned": (), "tied_embeddings": (True,)},
@@ -123,14 +126,12 @@ FORMS: dict[str, Form] = {
     "falcon": _BESIDE | _FALCON | {"one_or_all_key_heads": (True,)},
     "falcon-in-turn": _FALCON | {"one_or_all_key_heads": (True,)},
     "falcon-new": _FALCON | {"parallel_block": (True,)},
-    "llama": {
-        "norm": ("rmsnorm",), "gated_ffn": (True,), "activation": ("silu",), "multi_head": (), "square": (),
-        "biases": ((False, False, False), (True, False, False), (True, True, False)),
-    },
+    "llama": _SWIGLU,
+    "qwen3": _SWIGLU | {"biases": ((False, False, False), (True, True, False)), "qk_norm": (True,)},
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, ...]] = {
     "gpt": ("gpt2",), "bloom": ("bloom",), "neox": ("gpt_neox",), "gptj": ("gptj",), "phi": ("phi",), "falcon": ("falcon", "falcon-in-turn", "falcon-new"),
-    "llama": ("llama",), "mistral": ("llama",), "qwen2": ("llama",),
+    "llama": ("llama",), "mistral": ("llama",), "qwen2": ("llama",), "qwen3": ("qwen3",),
 }  # fmt: skip
 """The architectures that a model of a family can have, by `ModelSpec.family`."""
 
@@ -309,10 +310,10 @@ def _falcon(model: ModelSpec) -> dict[str, object]:
 
 
 def _llama(model: ModelSpec) -> dict[str, object]:
-    kind = "qwen2" if model.qkv_bias and not model.attention_output_bias else "llama"
+    kind = "qwen3" if model.qk_norm else "qwen2" if model.qkv_bias and not model.attention_output_bias else "llama"
     return _sizes(model) | {
         "model_type": kind,
-        "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "LlamaForCausalLM"],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "intermediate_size": model.ffn_hidden_size,
         "num_key_value_heads": model.num_key_value_heads,
         "head_dim": model.head_dim,
@@ -325,5 +326,5 @@ def _llama(model: ModelSpec) -> dict[str, object]:
 
 _CONFIGS: dict[str, Callable[[ModelSpec], dict[str, object]]] = {
     "gpt2": _gpt2, "bloom": _bloom, "gpt_neox": _gpt_neox, "gptj": _gptj, "phi": _phi, "falcon": _falcon, "falcon-in-turn": _falcon,
-    "falcon-new": _falcon, "llama": _llama,
+    "falcon-new": _falcon, "llama": _llama, "qwen3": _llama,
 }  # fmt: skip

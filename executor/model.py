@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from executor.attention import Rope, UnfusedAttention, attention, make_alibi, make_rope
+from executor.attention import UnfusedAttention, attention, make_alibi, make_rope
 from executor.functions import NormLinear, RowLinear, State
 from executor.mesh import Mesh
+from executor.norms import QueryKey
 from executor.units import Entry, Layout, Piece, Unit, make_layout
 from executor.vocabulary import Embed, HeadLoss, Norm, head_logits, vocabulary_range
 from planner.errors import InputError
@@ -32,9 +33,8 @@ def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> 
     if first >= last:
         raise InputError(f"{where}: decisions.tensor_parallel", tensor_parallel, f"some ranks would get none of {model.vocab_size} vocabulary rows")
     where = f"{where}: inputs.model"
-    for name, wanted in (("qk_norm", False), ("final_norm", True)):
-        if getattr(model, name) != wanted:
-            raise InputError(f"{where}.{name}", getattr(model, name), f"the executor runs models with {wanted}")
+    if not model.final_norm:
+        raise InputError(f"{where}.final_norm", model.final_norm, "the executor runs models with one")
     norms = (1, 2) if model.parallel_block else (2,)
     if model.num_norms_per_layer not in norms:
         raise InputError(f"{where}.num_norms_per_layer", model.num_norms_per_layer, f"the executor runs such blocks with {norms[-1]}")
@@ -94,6 +94,10 @@ def block_layout(model: ModelSpec, index: int, rank: int, degree: int) -> Layout
         entries.append(_rows("qkv.bias", projections("bias", (), 0.0)))
     if model.attention_output_bias:
         entries.append(Entry("output.bias", (h,), (Piece(f"{prefix}.attention.output.bias", (h,), std=0.0),), replicated=True))
+    if model.qk_norm:
+        for name in ("query_norm", "key_norm"):
+            piece = Piece(f"{prefix}.attention.{name}.gain", (d,), std=1.0)
+            entries.append(Entry(f"{name}.gain", (d,), (piece,), replicated=True, partial=True))
     if model.mlp_bias:
         entries.append(_rows("up.bias", ups("bias", (), 0.0)))
         entries.append(Entry("down.bias", (h,), (Piece(f"{prefix}.mlp.down.bias", (h,), std=0.0),), replicated=True))
@@ -182,9 +186,9 @@ class Leave(torch.autograd.Function):
         return dx, None
 
 
-def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, rope: Rope | None, lean: bool) -> torch.Tensor:
+def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, query_key: QueryKey | None, lean: bool) -> torch.Tensor:
     """One pre-norm transformer block, its MLP after its attention or beside it."""
-    qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, rope)
+    qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, query_key)
     if shape.unfused_attention:
         mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, shape.alibi)
     else:
@@ -257,13 +261,15 @@ def build_stages(
     key_heads = max(1, model.num_key_value_heads // degree)
     heads = (model.num_attention_heads // degree, key_heads, key_heads)
     rows = tokens // degree if decisions.sequence_parallel else tokens
-    alibi = rope = None
+    alibi = rope = query_key = None
     if model.position_embedding == "alibi":
         alibi = make_alibi(sequence_length, model.num_attention_heads, rank * heads[0], (rank + 1) * heads[0], dtype, device)
     mlp_norm = "norm1" if model.num_norms_per_layer == 1 else "norm2"
     shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi, model.parallel_block, mlp_norm)
     if model.position_embedding == "rope":
         rope = make_rope(sequence_length, heads[0] + heads[1], model, device)
+    if rope is not None or model.qk_norm:
+        query_key = QueryKey(heads[:2], model.head_dim, rope, model.norm_epsilon, model.qk_norm)
 
     def make_unit(layout: Layout) -> Unit:
         return Unit(
@@ -286,7 +292,7 @@ def build_stages(
         if built.has_embedding:
             table = make_unit(table_layout(model, "embedding.tokens", rank, degree))
             _add_embedding(built, model, table, make_unit, state, start, sequence_length, dropout)
-        _add_blocks(built, model, stage, make_unit, state, shape, rope, rank, degree)
+        _add_blocks(built, model, stage, make_unit, state, shape, query_key, rank, degree)
         if len(stage_blocks(stage, model)):
             built.constants = (rope.cosine, rope.sine) if rope is not None else (alibi,) if alibi is not None else ()
         if built.has_head:
@@ -323,20 +329,20 @@ def _add_blocks(
     make_unit: Callable[[Layout], Unit],
     state: State,
     shape: Shape,
-    rope: Rope | None,
+    query_key: QueryKey | None,
     rank: int,
     degree: int,
 ) -> None:
     for block, level in zip(stage_blocks(stage, model), block_levels(stage, model), strict=True):
         unit = make_unit(block_layout(model, block, rank, degree))
         built.units.append(unit)
-        built.layers.append(((unit,), _make_block(state, unit, shape, rope, level)))
+        built.layers.append(((unit,), _make_block(state, unit, shape, query_key, level)))
 
 
-def _make_block(state: State, unit: Unit, shape: Shape, rope: Rope | None, level: Recompute) -> Forward:
+def _make_block(state: State, unit: Unit, shape: Shape, query_key: QueryKey | None, level: Recompute) -> Forward:
     lean = level == "selective"
     if level != "full":
-        return lambda x, _: _block_forward(x, state, unit, shape, rope, lean)
+        return lambda x, _: _block_forward(x, state, unit, shape, query_key, lean)
 
     def forward(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = checkpoint(
@@ -345,7 +351,7 @@ def _make_block(state: State, unit: Unit, shape: Shape, rope: Rope | None, level
             state,
             unit,
             shape,
-            rope,
+            query_key,
             False,
             use_reentrant=False,
             preserve_rng_state=shape.dropout > 0,

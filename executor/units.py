@@ -5,8 +5,8 @@ buffer, its gradients in another, so that a reduction, a gather or an optimizer 
 long vectors. A *piece* is a rectangle of one global parameter; an *entry* is what the layer computes with: one or more pieces
 in a row (query, key and value are three pieces of one entry).
 
-Order in the buffer: sharded then replicated entries with weight decay, then replicated and sharded ones without. So both
-"decayed" and "replicated over the tensor-parallel ranks" are single ranges.
+Order in the buffer: sharded then replicated entries with weight decay, then replicated (the partial ones last) and sharded ones without. So
+"decayed", "replicated over the tensor-parallel ranks" and "partial" are single ranges.
 
 | ZeRO | weights | gradients | optimizer |
 | --- | --- | --- | --- |
@@ -67,6 +67,8 @@ class Entry:
     pieces: tuple[Piece, ...]
     replicated: bool
     """Whether all tensor-parallel ranks hold it whole."""
+    partial: bool = False
+    """Whether each of these finds only a part of its gradient, with sequence parallelism and without (a norm that heads share)."""
 
     @property
     def decayed(self) -> bool:
@@ -88,6 +90,8 @@ class Layout:
     num_decayed: int
     replicated: tuple[int, int]
     """First and last + 1 element of the replicated range."""
+    num_partial: int
+    """Elements at the end of that range whose gradients are parts."""
 
     def pieces(self) -> Iterator[tuple[Piece, int]]:
         """Every piece with its offset."""
@@ -99,7 +103,7 @@ class Layout:
 
 def make_layout(name: str, entries: list[Entry]) -> Layout:
     """Puts the entries in the order that the module describes."""
-    order = sorted(entries, key=lambda entry: (not entry.decayed, entry.replicated == entry.decayed))
+    order = sorted(entries, key=lambda entry: (not entry.decayed, entry.replicated == entry.decayed, entry.partial))
     offsets, offset = [], 0
     for entry in order:
         offsets.append(offset)
@@ -107,7 +111,8 @@ def make_layout(name: str, entries: list[Entry]) -> Layout:
     decayed = sum(entry.numel for entry in order if entry.decayed)
     first = sum(entry.numel for entry in order if entry.decayed and not entry.replicated)
     last = first + sum(entry.numel for entry in order if entry.replicated)
-    return Layout(name, tuple(order), tuple(offsets), offset, decayed, (first, last))
+    partial = sum(entry.numel for entry in order if entry.partial)
+    return Layout(name, tuple(order), tuple(offsets), offset, decayed, (first, last), partial)
 
 
 class Unit:
@@ -215,13 +220,14 @@ class Unit:
         return self._gradient_views[key]
 
     def _sum_over_tensor_parallel(self) -> None:
-        """Adds up what each tensor-parallel rank has only a part of: replicated entries under sequence parallelism,
-        and the key-value heads that several ranks hold."""
+        """Adds up what each tensor-parallel rank has only a part of: replicated entries under sequence parallelism, always those that are
+        `partial`, and the key-value heads that several ranks hold."""
         assert self.grads is not None
-        if self.sequence_parallel:
-            first, last = self.layout.replicated
-            if last > first:
-                self.tp.all_reduce(self.grads.narrow(0, first, last - first))
+        first, last = self.layout.replicated
+        if not self.sequence_parallel:
+            first = last - self.layout.num_partial
+        if last > first:
+            self.tp.all_reduce(self.grads.narrow(0, first, last - first))
         if self.key_value.size > 1:
             for piece, offset in self.layout.pieces():
                 if piece.copies:

@@ -70,21 +70,40 @@ def rotate(tape: Tape, s: Shape) -> None:
         pass
 
 
-def norm_linear_forward(tape: Tape, s: Shape, output: int, lean: bool, *, rope: bool = False) -> None:
-    """Leaves the statistics, norm(x) unless `lean`, and the output."""
+def head_norms_forward(tape: Tape, s: Shape) -> None:
+    """Leaves the heads before their norms, and the statistics."""
+    for part in s.normed_heads:
+        tape.take(part.row)
+        norm_forward(tape, part)
+        tape.give(part.row)
+
+
+def head_norms_backward(tape: Tape, s: Shape, split: bool) -> None:
+    """The gradient of the projection is made in place. With `split`, leaves the gradients of the gains."""
+    for part in s.normed_heads:
+        tape.take(part.row)
+        norm_backward(tape, part)
+        tape.give(2 * part.row)
+        tape.take(part.gains if split else 0)
+
+
+def norm_linear_forward(tape: Tape, s: Shape, output: int, lean: bool, *, heads: bool = False) -> None:
+    """Leaves the statistics, norm(x) unless `lean`, and the output; with `heads`, what the query/key norms keep."""
     norm_forward(tape, s)
     with tape.during(s.gathered):
         tape.take(output)
-        if rope:
+        if heads:
+            head_norms_forward(tape, s)
             rotate(tape, s)
     if lean:
         tape.give(s.row)
 
 
-def norm_linear_backward(tape: Tape, s: Shape, output: int, lean: bool, split: bool, *, rope: bool = False, bias: bool = True) -> None:
+def norm_linear_backward(tape: Tape, s: Shape, output: int, lean: bool, split: bool, *, heads: bool = False, bias: bool = True) -> None:
     """From the output's gradient to x's; frees what the forward pass left, x with it, unless `split` puts the weight gradients off."""
-    if rope:
+    if heads:
         rotate(tape, s)
+        head_norms_backward(tape, s, split)
     tape.take(s.whole)
     if s.sequence_parallel:
         tape.take(s.row)
@@ -96,6 +115,7 @@ def norm_linear_backward(tape: Tape, s: Shape, output: int, lean: bool, split: b
         tape.give(s.whole)
     norm_backward(tape, s)
     tape.give(s.row)
+    tape.give(s.head_norms if heads else 0)
     if split:
         tape.take(s.gains)
     else:
@@ -189,9 +209,9 @@ def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     before = tape.live
     lean = level == "selective"
     free = level == "full"
-    norm_linear_forward(tape, s, s.qkv, lean, rope=True)
+    norm_linear_forward(tape, s, s.qkv, lean, heads=True)
     if free:
-        tape.give(s.row + s.stats)
+        tape.give(s.row + s.stats + s.head_norms)
     attention_forward(tape, s, lean)
     if free:
         tape.give(s.head_stats + s.scores + s.qkv)
@@ -246,7 +266,7 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
     if s.parallel:
         sum_gradients(tape, s, held=held or kept)
     attention_backward(tape, s, lean, split)
-    norm_linear_backward(tape, s, s.qkv, lean, split, rope=True, bias=s.biases)
+    norm_linear_backward(tape, s, s.qkv, lean, split, heads=True, bias=s.biases)
     sum_gradients(tape, s, held=kept and not s.parallel)
 
 
@@ -264,7 +284,7 @@ def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
     tape.give(s.up + norm - (s.row if s.parallel else 0))
     tape.give(gradient + bias + s.query)
     norm_linear_weights(tape, s, s.qkv, lean, bias=s.biases)
-    tape.give(s.qkv + norm)
+    tape.give(s.qkv + norm + sum(part.gains for part in s.normed_heads))
 
 
 def embedding_forward(tape: Tape, s: Shape) -> None:

@@ -51,8 +51,9 @@ def _tensor_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> floa
     total *= m
     reductions = m if decisions.zero_stage >= 2 and decisions.data_parallel > 1 else 1
     width = state_bytes(inputs.training.precision, inputs.training.optimizer).gradients
-    if decisions.sequence_parallel:
-        total += reductions * 2 * share * _replicated_parameters(inputs, stage) * width
+    summed = _replicated_parameters(inputs, stage) if decisions.sequence_parallel else 0
+    summed += len(block_levels(stage, model)) * 2 * model.head_dim if model.qk_norm else 0  # each rank has its own heads' part
+    total += reductions * 2 * share * summed * width
     copies = t // model.num_key_value_heads
     if copies > 1:
         heads = 2 * model.head_dim * (model.hidden_size + (1 if model.qkv_bias else 0))

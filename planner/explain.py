@@ -35,6 +35,9 @@ def _kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     terms.append(Term("attention norm's statistics", "R·2·e or R·4", shape.stats, per, stats))
     if level == "none":
         terms.append(Term("attention norm's output", rows, shape.row, per, "input of the query, key and value projections; selective recomputes it"))
+    if shape.qk_norm:
+        why = "inputs of the query/key norms, and one fp32 per token and head"
+        terms.append(Term("query and key before their norms", "T·(a + k)·(D·e + 4) / t", shape.head_norms, per, why))
     scores = "are gone once their softmax is there" if level == "none" else "are made from them again"
     scores = scores if shape.scores else "are never stored"
     terms.append(Term("query, key, value", "T·(a + 2k)·D·e / t", shape.qkv, per, f"inputs of the attention; its scores {scores}"))

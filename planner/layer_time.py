@@ -326,12 +326,14 @@ def _num_end_units(decisions: Decisions) -> float:
 
 
 def _replicated_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, program: Software) -> float:
-    """Sums over the tensor-parallel ranks of the gradients of what each holds whole, layer by layer (sequence parallelism)."""
-    if decisions.tensor_parallel == 1 or not decisions.sequence_parallel or not program.collective_per_layer:
-        return 0.0
+    """Sums over the tensor-parallel ranks of the gradients of what each holds whole, layer by layer: of all of it under sequence parallelism, of
+    query/key norms always."""
     model = inputs.model
-    biases = model.hidden_size * (model.attention_output_bias + model.mlp_bias)
-    num_bytes = ELEMENT_BYTES[inputs.training.precision] * (model.num_norms_per_layer * model.norm_parameters + biases)
+    if decisions.tensor_parallel == 1 or not (decisions.sequence_parallel or model.qk_norm) or not program.collective_per_layer:
+        return 0.0
+    count = model.num_norms_per_layer * model.norm_parameters + model.hidden_size * (model.attention_output_bias + model.mlp_bias)
+    count = (count if decisions.sequence_parallel else 0) + (2 * model.head_dim if model.qk_norm else 0)
+    num_bytes = ELEMENT_BYTES[inputs.training.precision] * count
     times = decisions.num_microbatches if decisions.zero_stage >= 2 and decisions.data_parallel > 1 else 1
     sums = times * _num_units(inputs, decisions, num_parameters_on_rank)
     return sums * all_reduce_seconds(axis_group(inputs.cluster, decisions, "tp"), float(num_bytes))

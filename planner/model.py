@@ -325,7 +325,7 @@ def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
     values.setdefault("max_sequence_length", 2048)
-    if kind == "llama" and config.get("attention_bias"):
+    if kind in ("llama", "qwen3") and config.get("attention_bias"):
         values |= {"qkv_bias": True, "attention_output_bias": True}
     if kind == "llama" and config.get("mlp_bias"):
         values["mlp_bias"] = True

@@ -90,6 +90,10 @@ class Shape:
     positions: bool
     embedding_norm: bool
     final_norm: bool
+    heads: tuple[int, int]
+    """Query and key heads of this rank."""
+    head_dim: int
+    qk_norm: bool
     weights_buffer: int = 0
     """Gathered weights of the layer at hand, under ZeRO-3."""
     gradients_buffer: int = 0
@@ -114,6 +118,20 @@ class Shape:
     def gains(self) -> int:
         """The gradients of a norm's parameters."""
         return self.hidden * (2 * self.e if self.layernorm else 4)
+
+    @functools.cached_property
+    def normed_heads(self) -> tuple[Shape, ...]:
+        """For the query and the key heads, sizes under which their norm is one of rows of D elements; empty without such norms."""
+        if not self.qk_norm:
+            return ()
+        parts = zip((self.query, self.key), self.heads, strict=True)
+        alike = dataclasses.replace(self, hidden=self.head_dim, layernorm=False, qk_norm=False)
+        return tuple(dataclasses.replace(alike, row=size, rows=self.tokens * heads) for size, heads in parts)
+
+    @property
+    def head_norms(self) -> int:
+        """What the query/key norms keep: the heads before them, and their statistics."""
+        return sum(part.row + part.stats for part in self.normed_heads)
 
     @property
     def late_gains(self) -> int:
@@ -174,6 +192,9 @@ def _shape(
         sequence_parallel=sequence_parallel,
         positions=model.num_position_embeddings > 0,
         embedding_norm=model.embedding_norm,
+        heads=(heads, key_heads),
+        head_dim=model.head_dim,
+        qk_norm=model.qk_norm,
         final_norm=model.final_norm,
         weights_buffer=buffers[0],
         gradients_buffer=buffers[1],

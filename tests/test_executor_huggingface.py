@@ -66,11 +66,17 @@ def falcon(**changes: Any) -> Any:
     return transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=131, **SIZES | changes))
 
 
+def qwen3() -> Any:
+    config = transformers.Qwen3Config(vocab_size=131, intermediate_size=80, num_key_value_heads=2, head_dim=16, **SIZES)
+    return transformers.Qwen3ForCausalLM(config)
+
+
 MODELS = {
     "gpt2": gpt2,
     "bloom": bloom,
     "llama": llama,
     "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "qwen3": qwen3,
     "gpt_neox": neox,
     "gpt_neox-in-turn": lambda: neox(use_parallel_residual=False, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
     "gptj": gptj,
