@@ -70,6 +70,24 @@ def make_alibi(length: int, num_heads: int, first: int, last: int, dtype: torch.
     return (slopes.view(-1, 1, 1) * distance).masked_fill_(later, -math.inf).to(dtype).unsqueeze(0)
 
 
+def make_window(length: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What is added to the scores of all heads: [1, 1, sequence, sequence], minus infinity for later positions and those `window` or more before."""
+    places = torch.arange(length, device=device)
+    distance = places.unsqueeze(1) - places.unsqueeze(0)
+    return torch.zeros((length, length), dtype=dtype, device=device).masked_fill_((distance < 0) | (distance >= window), -math.inf)[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What happens to the scores before their softmax."""
+
+    scale: float
+    softcap: float | None = None
+    """c of c·tanh(score / c); unfused attention only."""
+    bias: torch.Tensor | None = None
+    """[1, heads of this rank or 1, sequence, sequence], added to the scores; minus infinity for what is later."""
+
+
 class SplitHeads(torch.autograd.Function):
     """Query, key and value as views [batch, sequence, heads, head_dim] of one [tokens, ...] tensor. Saves nothing; the backward pass writes the
     three gradients into one tensor."""
@@ -89,15 +107,16 @@ class SplitHeads(torch.autograd.Function):
         return torch.cat([gradient.reshape(tokens, -1) for gradient in gradients], 1), None, None, None
 
 
-def attention(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, alibi: torch.Tensor | None = None) -> torch.Tensor:
-    """Fused. Saves qkv, the output, and one fp32 per token and head. `alibi` is added to the scores."""
+def attention(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, scores: Scores) -> torch.Tensor:
+    """Fused. Saves qkv, the output, and one fp32 per token and head."""
     q, k, v = (part.transpose(1, 2) for part in SplitHeads.apply(qkv, batch, heads, head_dim))
-    out = F.scaled_dot_product_attention(q, k, v, alibi, is_causal=alibi is None, enable_gqa=heads[0] != heads[1])
+    causal = scores.bias is None
+    out = F.scaled_dot_product_attention(q, k, v, scores.bias, is_causal=causal, scale=scores.scale, enable_gqa=heads[0] != heads[1])
     return out.transpose(1, 2).reshape(qkv.shape[0], heads[0] * head_dim)
 
 
 class UnfusedAttention(torch.autograd.Function):
-    """Unfused: softmax(q k^T / sqrt(d)) v with every step in memory.
+    """Unfused: softmax(scale · q k^T) v with every step in memory.
 
     Saves qkv and, unless `lean`, the probabilities (tokens · a · sequence), which `lean` makes again; with dropout also its mask, a byte each.
     Query heads that share a key-value head are rows of one product, so nothing is repeated for them.
@@ -105,11 +124,11 @@ class UnfusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, dropout: float, lean: bool, alibi: torch.Tensor | None
+        ctx: Any, qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, dropout: float, lean: bool, scores: Scores
     ) -> torch.Tensor:
-        ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout, ctx.alibi = batch, heads, head_dim, dropout, alibi
-        query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
-        probabilities = _probabilities(query, key, alibi)
+        ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout, ctx.scores = batch, heads, head_dim, dropout, scores
+        query, key = _by_head(qkv, batch, heads, head_dim, 0).mul_(scores.scale), _by_head(qkv, batch, heads, head_dim, 1)
+        probabilities = _probabilities(query, key, scores)
         del query, key
         mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout else None
         ctx.save_for_backward(qkv, None if lean else probabilities, mask)
@@ -126,9 +145,9 @@ class UnfusedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         batch, heads, head_dim, dropout = ctx.batch, ctx.heads, ctx.head_dim, ctx.dropout
         qkv, probabilities, mask = ctx.saved_tensors
-        query, key = _by_head(qkv, batch, heads, head_dim, 0), _by_head(qkv, batch, heads, head_dim, 1)
+        query, key = _by_head(qkv, batch, heads, head_dim, 0).mul_(ctx.scores.scale), _by_head(qkv, batch, heads, head_dim, 1)
         if probabilities is None:
-            probabilities = _probabilities(query, key, ctx.alibi)
+            probabilities = _probabilities(query, key, ctx.scores)
         dqkv = torch.empty_like(qkv)
         parts = dqkv.split([count * head_dim for count in heads], 1)
 
@@ -145,8 +164,10 @@ class UnfusedAttention(torch.autograd.Function):
             gradient = _dropped(gradient, mask, dropout)
         # zero where the causal mask made the probability zero
         gradient = torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+        if ctx.scores.softcap is not None:
+            gradient.mul_(torch.bmm(query, key.transpose(1, 2)).div_(ctx.scores.softcap).tanh_().square_().neg_().add_(1.0))
         put(1, torch.bmm(gradient.transpose(1, 2), query))
-        put(0, torch.bmm(gradient, key).mul_(1.0 / math.sqrt(head_dim)))
+        put(0, torch.bmm(gradient, key).mul_(ctx.scores.scale))
         return dqkv, None, None, None, None, None, None
 
 
@@ -163,18 +184,19 @@ def _grouped(rows: torch.Tensor, batch: int, heads: Heads, head_dim: int) -> tor
 
 
 def _by_head(qkv: torch.Tensor, batch: int, heads: Heads, head_dim: int, index: int) -> torch.Tensor:
-    """A copy of the query (0), key (1) or value (2) heads as `_grouped` has them; the query divided by sqrt(head_dim)."""
+    """A copy of the query (0), key (1) or value (2) heads as `_grouped` has them."""
     start = sum(heads[:index]) * head_dim
-    rows = _grouped(qkv[:, start : start + heads[index] * head_dim], batch, heads, head_dim)
-    return rows.mul_(1.0 / math.sqrt(head_dim)) if index == 0 else rows
+    return _grouped(qkv[:, start : start + heads[index] * head_dim], batch, heads, head_dim)
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, alibi: torch.Tensor | None) -> torch.Tensor:
-    """softmax(query key^T) over what is not later, [batch · k, (a / k) · sequence, sequence]."""
+def _probabilities(query: torch.Tensor, key: torch.Tensor, how: Scores) -> torch.Tensor:
+    """softmax(query key^T) over what is not later, [batch · k, (a / k) · sequence, sequence]; the query is scaled already."""
     length = key.shape[1]
     scores = torch.bmm(query, key.transpose(1, 2))
-    if alibi is not None:
-        scores.view(-1, *alibi.shape[1:]).add_(alibi)
+    if how.softcap is not None:
+        scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    if how.bias is not None:
+        scores.view(-1, *how.bias.shape[1:]).add_(how.bias)
         return torch.softmax(scores, -1)
     later = torch.ones((length, length), dtype=torch.bool, device=query.device).triu_(1)
     scores.view(-1, length, length).masked_fill_(later, -math.inf)

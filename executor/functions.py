@@ -265,6 +265,26 @@ class NormLinear(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+class Norm(torch.autograd.Function):
+    """A norm by itself, and the residual: y = norm(x) + residual. Saves x (h) and its statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, state: State, unit: Unit, key: str) -> torch.Tensor:
+        y, *statistics = norm_forward(state, x, unit.w[f"{key}.gain"], unit.w.get(f"{key}.bias"))
+        ctx.state, ctx.unit, ctx.key = state, unit, key
+        ctx.save_for_backward(x, *statistics)
+        return y if residual is None else y.add_(residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *statistics = ctx.saved_tensors
+        w = ctx.unit.w
+        dx, dgain, dbias = norm_backward(ctx.state, dy, x, tuple(statistics), w[f"{ctx.key}.gain"], w.get(f"{ctx.key}.bias"))
+        norm_weight_gradient(ctx.state, ctx.unit, ctx.key, dgain, dbias)
+        return dx, dy if ctx.needs_input_grad[1] else None, None, None, None
+
+
 class RowLinear(torch.autograd.Function):
     """A row-parallel linear, the sum over ranks, its bias and the residual: y = Σ a W^T + b + residual.
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from msgspec import UNSET, UnsetType
+
 from planner.errors import InputError
 from planner.model import ModelSpec
 
@@ -22,6 +24,8 @@ class Names(NamedTuple):
     """Query, key and value have one name where they lie in one tensor."""
     transposed: bool = False
     """Whether the matrices are stored [in, out] (GPT-2's Conv1D)."""
+    gains_from: float = 0.0
+    """What is taken off the norms' gains before they are stored (Gemma: 1)."""
 
 
 class Place(NamedTuple):
@@ -31,6 +35,8 @@ class Place(NamedTuple):
     transposed: bool = False
     part: int | None = None
     """Which of query, key and value it is, where these lie in one tensor."""
+    offset: float = 0.0
+    """Our value minus the stored one."""
 
 
 def _ends(tokens: str, norm: str, **more: str) -> dict[str, str]:
@@ -90,7 +96,20 @@ NAMES: dict[str, Names] = {
     "falcon-in-turn": _FALCON_NAMES,
     "falcon-new": Names(_FALCON_ENDS, "transformer.h", _fused("self_attention", "query_key_value", "dense", *_WIDE, ("ln_attn", "ln_mlp"))),
     "llama": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS),
-    "qwen3": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS | {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}),
+    "mistral": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS),
+    "gemma": Names(_LLAMA_ENDS, "model.layers", _LLAMA_PARTS, gains_from=1.0),
+    "gemma2": Names(
+        _LLAMA_ENDS,
+        "model.layers",
+        _LLAMA_PARTS
+        | {"attention.output_norm": _NORMS[1], "mlp.norm": "pre_feedforward_layernorm", "mlp.output_norm": "post_feedforward_layernorm"},
+        gains_from=1.0,
+    ),
+    "qwen3": Names(
+        _LLAMA_ENDS,
+        "model.layers",
+        _LLAMA_PARTS | {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"},
+    ),
 }  # fmt: skip
 
 ALIASES = {"lm_head.weight": "embed_out.weight"}
@@ -110,6 +129,7 @@ _SWIGLU: Form = {
     "norm": ("rmsnorm",), "gated_ffn": (True,), "activation": ("silu",), "multi_head": (), "square": (),
     "biases": ((False, False, False), (True, False, False), (True, True, False)),
 }  # fmt: skip
+_GEMMA: Form = _SWIGLU | {"activation": ("gelu",), "biases": ((False, False, False),), "embedding_scaled": (True,), "tied_embeddings": (True,)}
 _BESIDE: Form = {"parallel_block": (True,), "num_norms_per_layer": (1,)}
 FORMS: dict[str, Form] = {
     "gpt2": {"position_embedding": ("learned",), "whole_heads_turned": (), "tied_embeddings": (True,)},
@@ -127,11 +147,19 @@ FORMS: dict[str, Form] = {
     "falcon-in-turn": _FALCON | {"one_or_all_key_heads": (True,)},
     "falcon-new": _FALCON | {"parallel_block": (True,)},
     "llama": _SWIGLU,
+    "mistral": _SWIGLU | {"biases": ((False, False, False),), "sliding_window": ()},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | {
+        "num_norms_per_layer": (4,), "attention_scale": (), "attention_softcap": (), "head_softcap": (), "sliding_window": (),
+        "full_attention_every": (),
+    },
     "qwen3": _SWIGLU | {"biases": ((False, False, False), (True, True, False)), "qk_norm": (True,)},
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "gpt": ("gpt2",), "bloom": ("bloom",), "neox": ("gpt_neox",), "gptj": ("gptj",), "phi": ("phi",), "falcon": ("falcon", "falcon-in-turn", "falcon-new"),
-    "llama": ("llama",), "mistral": ("llama",), "qwen2": ("llama",), "qwen3": ("qwen3",),
+    "gpt": ("gpt2",), "bloom": ("bloom",), "neox": ("gpt_neox",), "gptj": ("gptj",), "phi": ("phi",),
+    "falcon": ("falcon", "falcon-in-turn", "falcon-new"),
+    "llama": ("llama",), "mistral": ("mistral",), "qwen2": ("llama",), "qwen3": ("qwen3",),
+    "gemma": ("gemma",), "gemma2": ("gemma2",),
 }  # fmt: skip
 """The architectures that a model of a family can have, by `ModelSpec.family`."""
 
@@ -141,6 +169,7 @@ def _facts(model: ModelSpec) -> dict[str, object]:
     facts = {name: getattr(model, name) for name in _COMMON if name in ModelSpec.__struct_fields__}
     return facts | {
         "rotary_neighbours": model.rotary_neighbours is True,
+        "embedding_scaled": model.embedding_scaled is True,
         "whole_heads_turned": model.rotary_size == model.head_dim,
         "biases": (model.qkv_bias, model.attention_output_bias, model.mlp_bias),
         "multi_head": model.num_key_value_heads == model.num_attention_heads,
@@ -170,8 +199,9 @@ def place_of(architecture: str, name: str) -> Place:
     if name in names.ends:
         return Place(names.ends[name] + ".weight")
     ending = {"gain": "weight"}.get(last, last)
+    offset = names.gains_from if last == "gain" else 0.0
     if module in names.ends:
-        return Place(f"{names.ends[module]}.{ending}")
+        return Place(f"{names.ends[module]}.{ending}", offset=offset)
     _, index, part = module.split(".", 2)
     own = names.parts[part]
     fused = part.removeprefix("attention.") in QUERY_KEY_VALUE and names.parts["attention.query"] == names.parts["attention.key"]
@@ -179,6 +209,7 @@ def place_of(architecture: str, name: str) -> Place:
         f"{names.layers}.{index}.{own}.{ending}",
         names.transposed and last == "weight",
         QUERY_KEY_VALUE.index(part.removeprefix("attention.")) if fused else None,
+        offset,
     )
 
 
@@ -309,6 +340,36 @@ def _falcon(model: ModelSpec) -> dict[str, object]:
     }
 
 
+def _mistral(model: ModelSpec) -> dict[str, object]:
+    window = None if model.sliding_window is UNSET else model.sliding_window
+    return _llama(model) | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+
+
+def _gemma(model: ModelSpec) -> dict[str, object]:
+    return _llama(model) | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+
+
+def _gemma2(model: ModelSpec) -> dict[str, object]:
+    def given(value: float | UnsetType) -> float | None:
+        return None if value is UNSET else value
+
+    every = model.full_attention_every
+    kinds = [
+        "sliding_attention" if model.sliding_window is not UNSET and (every is UNSET or (index + 1) % every) else "full_attention"
+        for index in range(model.num_layers)
+    ]
+    return _llama(model) | {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round(model.scores_scale**-2),
+        "attn_logit_softcapping": given(model.attention_softcap),
+        "final_logit_softcapping": given(model.head_softcap),
+        "sliding_window": given(model.sliding_window),
+        "layer_types": kinds,
+    }
+
+
 def _llama(model: ModelSpec) -> dict[str, object]:
     kind = "qwen3" if model.qk_norm else "qwen2" if model.qkv_bias and not model.attention_output_bias else "llama"
     return _sizes(model) | {
@@ -326,5 +387,5 @@ def _llama(model: ModelSpec) -> dict[str, object]:
 
 _CONFIGS: dict[str, Callable[[ModelSpec], dict[str, object]]] = {
     "gpt2": _gpt2, "bloom": _bloom, "gpt_neox": _gpt_neox, "gptj": _gptj, "phi": _phi, "falcon": _falcon, "falcon-in-turn": _falcon,
-    "falcon-new": _falcon, "llama": _llama, "qwen3": _llama,
+    "falcon-new": _falcon, "llama": _llama, "qwen3": _llama, "mistral": _mistral, "gemma": _gemma, "gemma2": _gemma2,
 }  # fmt: skip

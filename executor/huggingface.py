@@ -58,7 +58,7 @@ def reader(model: ModelSpec, path: str) -> Callable[[Piece], torch.Tensor]:
     architecture = architecture_of(model)
 
     def value(piece: Piece) -> torch.Tensor:
-        name, transposed, part = place_of(architecture, piece.name)
+        name, transposed, part, offset = place_of(architecture, piece.name)
         tensor = weights.get(name)
         tensor = tensor.t() if transposed else tensor
         if part is not None:
@@ -68,7 +68,7 @@ def reader(model: ModelSpec, path: str) -> Callable[[Piece], torch.Tensor]:
             tensor = tensor.unflatten(0, (groups, -1)).split(rows, 1)[part].flatten(0, 1)
         if tuple(tensor.shape) != piece.shape:
             raise InputError("--load", path, f"{name} has shape {tuple(tensor.shape)} where the plan's model has {piece.shape}")
-        return piece.slice_of(tensor)
+        return piece.slice_of(tensor + offset if offset else tensor)
 
     return value
 
@@ -92,8 +92,8 @@ def to_huggingface(model: ModelSpec, value: Callable[[Piece], torch.Tensor]) -> 
     parts: dict[str, list[torch.Tensor]] = {}
     flipped: dict[str, bool] = {}
     for piece in global_names(model):  # query, key and value in this order
-        name, transposed, _ = place_of(architecture, piece.name)
-        parts.setdefault(name, []).append(value(piece))
+        name, transposed, _, offset = place_of(architecture, piece.name)
+        parts.setdefault(name, []).append(value(piece) - offset if offset else value(piece))
         flipped[name] = transposed
     found = {}
     for name, tensors in parts.items():

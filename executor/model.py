@@ -6,20 +6,22 @@ Parameter names are global and the same under every plan: `embedding.tokens`, `b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from msgspec import UNSET
 from torch.utils.checkpoint import checkpoint
 
-from executor.attention import UnfusedAttention, attention, make_alibi, make_rope
-from executor.functions import NormLinear, RowLinear, State
+from executor.attention import Scores, UnfusedAttention, attention, make_alibi, make_rope, make_window
+from executor.functions import Norm, NormLinear, RowLinear, State
 from executor.mesh import Mesh
 from executor.norms import QueryKey
 from executor.units import Entry, Layout, Piece, Unit, make_layout
-from executor.vocabulary import Embed, HeadLoss, Norm, head_logits, vocabulary_range
+from executor.vocabulary import Embed, Head, HeadLoss, head_logits, vocabulary_range
 from planner.errors import InputError
 from planner.model import ModelSpec
 from planner.plan import Decisions, Recompute, Stage, block_levels, has_embedding, has_head, stage_blocks
@@ -35,9 +37,10 @@ def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> 
     where = f"{where}: inputs.model"
     if not model.final_norm:
         raise InputError(f"{where}.final_norm", model.final_norm, "the executor runs models with one")
-    norms = (1, 2) if model.parallel_block else (2,)
+    norms = (1, 2) if model.parallel_block else (2, 4)
     if model.num_norms_per_layer not in norms:
-        raise InputError(f"{where}.num_norms_per_layer", model.num_norms_per_layer, f"the executor runs such blocks with {norms[-1]}")
+        allowed = " or ".join(map(str, norms))
+        raise InputError(f"{where}.num_norms_per_layer", model.num_norms_per_layer, f"the executor runs such blocks with {allowed}")
     if model.gated_ffn and model.activation == "relu":
         raise InputError(f"{where}.activation", model.activation, "a gated MLP needs silu or gelu")
 
@@ -86,6 +89,8 @@ def block_layout(model: ModelSpec, index: int, rank: int, degree: int) -> Layout
         *norm_entries(model, "norm1", f"{prefix}.attention.norm"),
         *(norm_entries(model, "norm2", f"{prefix}.mlp.norm") if model.num_norms_per_layer > 1 else ()),
         _rows("qkv.weight", projections("weight", (h,), std)),
+        *(norm_entries(model, "norm3", f"{prefix}.attention.output_norm") if model.num_norms_per_layer == 4 else ()),
+        *(norm_entries(model, "norm4", f"{prefix}.mlp.output_norm") if model.num_norms_per_layer == 4 else ()),
         Entry("output.weight", output.local_shape, (output,), replicated=False),
         _rows("up.weight", ups("weight", (h,), std)),
         Entry("down.weight", down.local_shape, (down,), replicated=False),
@@ -148,11 +153,11 @@ class Shape:
     head_dim: int
     dropout: float = 0.0
     unfused_attention: bool = False
-    alibi: torch.Tensor | None = None
-    """[1, heads of this rank, sequence, sequence], added to the scores."""
     parallel_block: bool = False
     """Whether the MLP reads the block's input, as attention does."""
     mlp_norm: str = "norm2"
+    branch_norms: bool = False
+    """Whether what attention and MLP give goes through a norm before it is added (four norms)."""
 
 
 class Enter(torch.autograd.Function):
@@ -186,24 +191,44 @@ class Leave(torch.autograd.Function):
         return dx, None
 
 
-def _block_forward(x: torch.Tensor, state: State, unit: Unit, shape: Shape, query_key: QueryKey | None, lean: bool) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block's part of what `_block_forward` needs."""
+
+    shape: Shape
+    scores: Scores
+    query_key: QueryKey | None
+
+
+def _block_forward(x: torch.Tensor, state: State, unit: Unit, block: Block, lean: bool) -> torch.Tensor:
     """One pre-norm transformer block, its MLP after its attention or beside it."""
-    qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, query_key)
+    shape = block.shape
+    qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, block.query_key)
     if shape.unfused_attention:
-        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, shape.alibi)
+        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, block.scores)
     else:
-        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.alibi)
+        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, block.scores)
     del qkv
-    if not shape.dropout:
+    if not shape.dropout and not shape.branch_norms:
         attended = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
         del mixed
         inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
         out: torch.Tensor = RowLinear.apply(inner, attended, state, unit, "down", True, lean)
         return out
-    attended = x + F.dropout(RowLinear.apply(mixed, None, state, unit, "output", False, lean), shape.dropout)
+    branch = RowLinear.apply(mixed, None, state, unit, "output", False, lean)
     del mixed
+    attended = _add_branch(branch, x, state, unit, "norm3", shape)
+    del branch
     inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
-    return attended + F.dropout(RowLinear.apply(inner, None, state, unit, "down", True, lean), shape.dropout)
+    return _add_branch(RowLinear.apply(inner, None, state, unit, "down", True, lean), attended, state, unit, "norm4", shape)
+
+
+def _add_branch(branch: torch.Tensor, residual: torch.Tensor, state: State, unit: Unit, norm: str, shape: Shape) -> torch.Tensor:
+    """residual + branch, the latter normed where the block has four norms, and with dropout where there is any."""
+    if not shape.dropout:
+        out: torch.Tensor = Norm.apply(branch, residual, state, unit, norm)
+        return out
+    return residual + F.dropout(Norm.apply(branch, None, state, unit, norm) if shape.branch_norms else branch, shape.dropout)
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -261,15 +286,12 @@ def build_stages(
     key_heads = max(1, model.num_key_value_heads // degree)
     heads = (model.num_attention_heads // degree, key_heads, key_heads)
     rows = tokens // degree if decisions.sequence_parallel else tokens
-    alibi = rope = query_key = None
-    if model.position_embedding == "alibi":
-        alibi = make_alibi(sequence_length, model.num_attention_heads, rank * heads[0], (rank + 1) * heads[0], dtype, device)
     mlp_norm = "norm1" if model.num_norms_per_layer == 1 else "norm2"
-    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, alibi, model.parallel_block, mlp_norm)
-    if model.position_embedding == "rope":
-        rope = make_rope(sequence_length, heads[0] + heads[1], model, device)
-    if rope is not None or model.qk_norm:
-        query_key = QueryKey(heads[:2], model.head_dim, rope, model.norm_epsilon, model.qk_norm)
+    branch_norms = model.num_norms_per_layer == 4
+    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, model.parallel_block, mlp_norm, branch_norms)
+    rope = make_rope(sequence_length, heads[0] + heads[1], model, device) if model.position_embedding == "rope" else None
+    query_key = QueryKey(heads[:2], model.head_dim, rope, model.norm_epsilon, model.qk_norm) if rope is not None or model.qk_norm else None
+    scores_of = _make_scores(model, sequence_length, unfused_attention, rank * heads[0], (rank + 1) * heads[0], dtype, device)
 
     def make_unit(layout: Layout) -> Unit:
         return Unit(
@@ -292,17 +314,37 @@ def build_stages(
         if built.has_embedding:
             table = make_unit(table_layout(model, "embedding.tokens", rank, degree))
             _add_embedding(built, model, table, make_unit, state, start, sequence_length, dropout)
-        _add_blocks(built, model, stage, make_unit, state, shape, query_key, rank, degree)
+        _add_blocks(built, model, stage, make_unit, state, lambda block: Block(shape, scores_of(block), query_key), rank, degree)
         if len(stage_blocks(stage, model)):
-            built.constants = (rope.cosine, rope.sine) if rope is not None else (alibi,) if alibi is not None else ()
+            built.constants = (rope.cosine, rope.sine) if rope is not None else ()
+            built.constants += tuple(bias for block in stage_blocks(stage, model) if (bias := scores_of(block).bias) is not None)
         if built.has_head:
             own = table if model.tied_embeddings else None
             if own is None:
                 own = make_unit(table_layout(model, "embedding.tokens" if model.tied_embeddings else "head.weight", rank, degree))
                 own.tied_copy = model.tied_embeddings
                 built.units.append(own)
-            _add_head(built, make_unit(head_layout(model, rank, degree)), own, state, start)
+            softcap = None if model.head_softcap is UNSET else model.head_softcap
+            _add_head(built, Head(own, make_unit(head_layout(model, rank, degree)), start, softcap), state)
     return stages
+
+
+def _make_scores(
+    model: ModelSpec, length: int, unfused: bool, first_head: int, last_head: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[int], Scores]:
+    """What happens to the scores of block i, as a function of i. Blocks share their tensors, which are made when they are first needed."""
+    softcap = None if model.attention_softcap is UNSET else model.attention_softcap
+    if softcap is not None and not unfused:
+        allowed = f"unfused is expected: {model.name} has soft-capped scores, which no fused kernel has"
+        raise InputError("plan: inputs.training.attention", "fused", allowed)
+
+    @functools.cache
+    def bias(window: int | None) -> torch.Tensor | None:
+        if model.position_embedding == "alibi":
+            return make_alibi(length, model.num_attention_heads, first_head, last_head, dtype, device)
+        return None if window is None else make_window(length, window, dtype, device)
+
+    return lambda block: Scores(model.scores_scale, softcap, bias(model.window_of(block, length)))
 
 
 def _add_embedding(
@@ -310,11 +352,12 @@ def _add_embedding(
 ) -> None:
     layout = embedding_layout(model)
     unit = make_unit(layout) if layout.entries else None
+    scale = float(torch.tensor(model.hidden_size**0.5, dtype=table.dtype)) if model.embedding_scaled is True else 1.0
 
     def forward(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor = Embed.apply(x, tokens, state, table, unit, start, length)
+        out: torch.Tensor = Embed.apply(x, tokens, state, table, unit, start, length, scale)
         if model.embedding_norm:
-            out = Norm.apply(out, state, unit, "norm")
+            out = Norm.apply(out, None, state, unit, "norm")
         return F.dropout(out, dropout) if dropout else out
 
     units = (table,) if unit is None else (table, unit)
@@ -328,21 +371,20 @@ def _add_blocks(
     stage: Stage,
     make_unit: Callable[[Layout], Unit],
     state: State,
-    shape: Shape,
-    query_key: QueryKey | None,
+    block_of: Callable[[int], Block],
     rank: int,
     degree: int,
 ) -> None:
     for block, level in zip(stage_blocks(stage, model), block_levels(stage, model), strict=True):
         unit = make_unit(block_layout(model, block, rank, degree))
         built.units.append(unit)
-        built.layers.append(((unit,), _make_block(state, unit, shape, query_key, level)))
+        built.layers.append(((unit,), _make_block(state, unit, block_of(block), level)))
 
 
-def _make_block(state: State, unit: Unit, shape: Shape, query_key: QueryKey | None, level: Recompute) -> Forward:
+def _make_block(state: State, unit: Unit, block: Block, level: Recompute) -> Forward:
     lean = level == "selective"
     if level != "full":
-        return lambda x, _: _block_forward(x, state, unit, shape, query_key, lean)
+        return lambda x, _: _block_forward(x, state, unit, block, lean)
 
     def forward(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = checkpoint(
@@ -350,11 +392,10 @@ def _make_block(state: State, unit: Unit, shape: Shape, query_key: QueryKey | No
             x,
             state,
             unit,
-            shape,
-            query_key,
+            block,
             False,
             use_reentrant=False,
-            preserve_rng_state=shape.dropout > 0,
+            preserve_rng_state=block.shape.dropout > 0,
             determinism_check="none",
         )
         return out
@@ -362,11 +403,11 @@ def _make_block(state: State, unit: Unit, shape: Shape, query_key: QueryKey | No
     return forward
 
 
-def _add_head(built: StageModel, unit: Unit, table: Unit, state: State, start: int) -> None:
+def _add_head(built: StageModel, head: Head, state: State) -> None:
     def forward(x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-        loss: torch.Tensor = HeadLoss.apply(x, targets, state, table, unit, start)
+        loss: torch.Tensor = HeadLoss.apply(x, targets, state, head)
         return loss
 
-    built.units.append(unit)
-    built.layers.append(((table, unit), forward))
-    built.logits = lambda x: head_logits(x, state, table, unit)
+    built.units.append(head.unit)
+    built.layers.append(((head.table, head.unit), forward))
+    built.logits = lambda x: head_logits(x, state, head)

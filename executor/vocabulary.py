@@ -6,6 +6,7 @@ collective here is over tokens and not over rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +25,22 @@ def vocabulary_range(vocab_size: int, index: int, count: int) -> tuple[int, int]
 
 
 class Embed(torch.autograd.Function):
-    """Token and position rows added up: [tokens] to [tokens, h], or this rank's rows of it. Saves the tokens."""
+    """Token rows times `scale` and position rows added up: [tokens] to [tokens, h], or this rank's rows of it. Saves the tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, tokens: torch.Tensor, state: State, table: Unit, unit: Unit | None, start: int, length: int
+        ctx: Any,
+        anchor: torch.Tensor,
+        tokens: torch.Tensor,
+        state: State,
+        table: Unit,
+        unit: Unit | None,
+        start: int,
+        length: int,
+        scale: float,
     ) -> torch.Tensor:
         rows = table.w["weight"]
-        ctx.state, ctx.table, ctx.unit, ctx.length = state, table, unit, length
+        ctx.state, ctx.table, ctx.unit, ctx.length, ctx.scale = state, table, unit, length, scale
         if state.tp.size > 1:
             outside = (tokens < start) | (tokens >= start + rows.shape[0])
             tokens = (tokens - start).masked_fill_(outside, 0)
@@ -41,6 +50,8 @@ class Embed(torch.autograd.Function):
         else:
             ctx.save_for_backward(tokens)
             x = rows.index_select(0, tokens)
+        if scale != 1.0:
+            x.mul_(scale)
         if unit is not None and "positions" in unit.w:
             x.add_(unit.w["positions"].index_select(0, positions(state, x.shape[0], length, x.device)))
         return x
@@ -48,7 +59,7 @@ class Embed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        state, table, unit, length = ctx.state, ctx.table, ctx.unit, ctx.length
+        state, table, unit, length, scale = ctx.state, ctx.table, ctx.unit, ctx.length, ctx.scale
         tokens, *outside = ctx.saved_tensors
 
         def add() -> None:
@@ -57,10 +68,10 @@ class Embed(torch.autograd.Function):
             whole = gather(state, dy)
             if outside:
                 whole = whole.masked_fill(outside[0].unsqueeze(1), 0)
-            table.gradient("weight").index_add_(0, tokens, whole)
+            table.gradient("weight").index_add_(0, tokens, whole, alpha=scale)
 
         state.weight_gradient(add)
-        return None, None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
 
 
 def positions(state: State, rows: int, length: int, device: torch.device) -> torch.Tensor:
@@ -69,24 +80,16 @@ def positions(state: State, rows: int, length: int, device: torch.device) -> tor
     return torch.arange(first, first + rows, device=device).remainder_(length)
 
 
-class Norm(torch.autograd.Function):
-    """A norm by itself. Saves x (h) and its statistics."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head's parameters on this rank."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, state: State, unit: Unit, key: str) -> torch.Tensor:
-        y, *statistics = norm_forward(state, x, unit.w[f"{key}.gain"], unit.w.get(f"{key}.bias"))
-        ctx.state, ctx.unit, ctx.key = state, unit, key
-        ctx.save_for_backward(x, *statistics)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *statistics = ctx.saved_tensors
-        w = ctx.unit.w
-        dx, dgain, dbias = norm_backward(ctx.state, dy, x, tuple(statistics), w[f"{ctx.key}.gain"], w.get(f"{ctx.key}.bias"))
-        norm_weight_gradient(ctx.state, ctx.unit, ctx.key, dgain, dbias)
-        return dx, None, None, None
+    table: Unit
+    unit: Unit
+    start: int
+    """First vocabulary row of this rank."""
+    softcap: float | None = None
+    """c of c·tanh(logit / c), which the logits go through."""
 
 
 class HeadLoss(torch.autograd.Function):
@@ -97,15 +100,13 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, targets: torch.Tensor, state: State, table: Unit, unit: Unit, start: int) -> torch.Tensor:
-        w = unit.w
-        normed, *statistics = _final_norm(state, unit, x)
-        logits = gather(state, normed) @ table.w["weight"].t()
+    def forward(ctx: Any, x: torch.Tensor, targets: torch.Tensor, state: State, head: Head) -> torch.Tensor:
+        normed, *statistics = _final_norm(state, head.unit, x)
+        logits = gather(state, normed) @ head.table.w["weight"].t()
         del normed
-        if "bias" in w:
-            logits.add_(w["bias"])
-        losses, maxima, sums = _losses(state, logits, targets, start)
-        ctx.state, ctx.table, ctx.unit, ctx.start = state, table, unit, start
+        _finish_(logits, head)
+        losses, maxima, sums = _losses(state, logits, targets, head.start)
+        ctx.state, ctx.head = state, head
         ctx.save_for_backward(x, *statistics, logits, targets, maxima, sums)
         total = losses.sum()
         state.loss_sum = total if state.loss_sum is None else state.loss_sum + total
@@ -114,10 +115,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        state, table, unit = ctx.state, ctx.table, ctx.unit
+        state, head = ctx.state, ctx.head
+        table, unit = head.table, head.unit
         x, *statistics, logits, targets, maxima, sums = ctx.saved_tensors
         statistics = tuple(statistics)
-        dlogits = _logits_gradient_(logits, targets, maxima, sums, ctx.start, dloss * state.loss_scale)
+        dlogits = _logits_gradient_(logits, targets, maxima, sums, head, dloss * state.loss_scale)
         dwhole = dlogits @ table.w["weight"]
         dnormed = sum_partials(state, dwhole)
         del dwhole
@@ -135,13 +137,22 @@ class HeadLoss(torch.autograd.Function):
         if gain is not None:
             dnormed, dgain, dbias = norm_backward(state, dnormed, x, statistics, gain, bias)
             norm_weight_gradient(state, unit, "norm", dgain, dbias)
-        return dnormed, None, None, None, None, None
+        return dnormed, None, None, None
 
 
-def head_logits(x: torch.Tensor, state: State, table: Unit, unit: Unit) -> torch.Tensor:
+def head_logits(x: torch.Tensor, state: State, head: Head) -> torch.Tensor:
     """This rank's columns of the logits, [tokens, V / t], without a loss."""
-    logits = gather(state, _final_norm(state, unit, x)[0]) @ table.w["weight"].t()
-    return logits.add_(unit.w["bias"]) if "bias" in unit.keys else logits
+    logits = gather(state, _final_norm(state, head.unit, x)[0]) @ head.table.w["weight"].t()
+    _finish_(logits, head)
+    return logits
+
+
+def _finish_(logits: torch.Tensor, head: Head) -> None:
+    """The logits' bias and soft-capping, in place."""
+    if "bias" in head.unit.keys:
+        logits.add_(head.unit.w["bias"])
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
 def _final_norm(state: State, unit: Unit, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -180,17 +191,19 @@ def _losses(state: State, logits: torch.Tensor, targets: torch.Tensor, start: in
 
 
 def _logits_gradient_(
-    logits: torch.Tensor, targets: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, start: int, scale: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, head: Head, scale: torch.Tensor
 ) -> torch.Tensor:
-    """(softmax - one-hot of the target) · scale, written over the logits."""
+    """(softmax - one-hot of the target) · scale, times the slope of soft-capping, written over the logits."""
     rows, columns = logits.shape
-    columns_of, outside = _own_targets(targets, start, columns)
+    columns_of, outside = _own_targets(targets, head.start, columns)
     minus = torch.where(outside, 0.0, -1.0).unsqueeze(1)
     factor = scale / sums
     for part in _chunks(rows, columns):
         soft = (logits[part] - maxima[part].unsqueeze(1)).exp_()
         soft.mul_(factor[part].unsqueeze(1))
         soft.scatter_add_(1, columns_of[part].unsqueeze(1), minus[part] * scale)
+        if head.softcap is not None:
+            soft.mul_(logits[part].to(torch.float32, copy=True).div_(head.softcap).square_().neg_().add_(1.0))
         logits[part] = soft
         del soft
     return logits

@@ -201,6 +201,22 @@ def activation_backward(tape: Tape, s: Shape) -> None:
             pass
 
 
+def branch_norm_forward(tape: Tape, s: Shape, free: bool) -> None:
+    """Leaves the branch before its norm and the statistics, unless `free`, and the sum with the residual; the branch is there before."""
+    if s.branch_norms:
+        norm_forward(tape, s)
+        tape.give(s.row + s.stats if free else 0)
+
+
+def branch_norm_backward(tape: Tape, s: Shape, split: bool) -> None:
+    """Leaves the gradient of the branch beside that of the sum, which is the residual's too; frees what the forward pass left. With `split`, the
+    gradients of the gains stay."""
+    if s.branch_norms:
+        norm_backward(tape, s)
+        tape.give(s.row + s.stats)
+        tape.take(s.gains if split else 0)
+
+
 # layers
 
 
@@ -218,11 +234,13 @@ def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     row_linear_forward(tape, s)
     if free:
         tape.give(s.query)
+    branch_norm_forward(tape, s, free)
     norm_linear_forward(tape, s, s.up, lean)
     if free:
         tape.give(s.row + s.stats)
     tape.take(s.inner)
     row_linear_forward(tape, s)
+    branch_norm_forward(tape, s, free)
     if lean:
         tape.give(s.inner)
     if s.parallel:  # attention's output and the residual, which no norm reads
@@ -242,15 +260,20 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
         block_forward(tape, s, "none")
         tape.give(s.row)
     bias = s.hidden * s.e if s.biases else 0
-    kept = split and not s.sequence_parallel
+    kept = split and not s.sequence_parallel and not s.branch_norms
+    branch = s.row if s.branch_norms and not (split and not s.sequence_parallel) else 0
+    branch_norm_backward(tape, s, split)
+    if s.branch_norms and not split:
+        tape.take_buffer(s.gradients_buffer)
     tape.take(s.gathered)
     with tape.during(s.inner):
         tape.take(bias)
-        if not split:
+        if not split and not s.branch_norms:
             tape.take_buffer(s.gradients_buffer)
             with tape.during(s.inner if lean else 0):
                 pass
         activation_backward(tape, s)
+    tape.give(branch)
     if not split:
         tape.give(s.gathered + bias + s.up + (0 if lean else s.inner))
     norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
@@ -258,9 +281,11 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
         tape.take(0 if split else s.row)  # the block's input, which attention's norm still needs
     else:
         sum_gradients(tape, s, held=held or kept)
+    branch_norm_backward(tape, s, split)
     tape.take(s.gathered)
     tape.take(s.query)
     tape.take(bias)
+    tape.give(branch)
     if not split:
         tape.give(s.gathered + bias)
     if s.parallel:
@@ -276,6 +301,7 @@ def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
     bias = s.hidden * s.e if s.biases else 0
     gradient = s.whole
     tape.take_buffer(s.gradients_buffer)
+    tape.give(2 * s.gains if s.branch_norms else 0)
     with tape.during(s.inner if lean else 0):
         pass
     tape.give(gradient + bias + s.up + (0 if lean else s.inner))
@@ -343,7 +369,7 @@ def head_forward(tape: Tape, s: Shape) -> None:
 
 def head_backward(tape: Tape, s: Shape, split: bool) -> None:
     """Leaves the gradient of the head's input; frees what the head kept, its input with it, unless `split`."""
-    with tape.during(9 * s.tokens + 2 * 4 * s.tokens), tape.during(_chunk_bytes(s)):
+    with tape.during(9 * s.tokens + 2 * 4 * s.tokens), tape.during(_chunk_bytes(s) * (2 if s.head_softcap else 1)):
         pass
     tape.take(s.whole)
     if s.sequence_parallel:
@@ -415,7 +441,7 @@ def layer_activations(s: Shape, kind: LayerKind, level: Recompute = "none", held
         deferred = back.live - s.row
     else:
         block_backward(back, s, level, held, split)
-        deferred = back.live - s.row - (s.row if held and (s.sequence_parallel or not split) else 0)
+        deferred = back.live - s.row - (s.row if held and (s.sequence_parallel or s.branch_norms or not split) else 0)
     weights.take(deferred)
     if split:
         if kind == "embedding":

@@ -48,6 +48,9 @@ def _kept_terms(shape: Shape, level: Recompute) -> list[Term]:
     elif level == "none":
         why = "softmax of the scores, one for each pair of tokens; fused attention and selective recomputation do without"
         terms.append(Term("attention's probabilities", "T·a·s·e / t", shape.scores, per, why))
+    branch = Term("attention branch before its second norm, and statistics", "R·(h·e + 2·e or 4)", shape.row + shape.stats, per, "that norm's input")
+    if shape.branch_norms:
+        terms += [branch, branch._replace(name="MLP branch before its second norm, and statistics")]
     terms += [
         Term("MLP input", rows, shape.row, per, "the second norm's input"),
         Term("MLP norm's statistics", "R·2·e or R·4", shape.stats, per, "as above"),

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from planner.activations import LayerActivations, Peak, layer_activations
 from planner.graph import LayerKind
 from planner.megatron_memory import megatron_activations
@@ -27,6 +29,7 @@ from planner.plan import (
     block_levels,
     has_embedding,
     has_head,
+    stage_blocks,
 )
 from planner.schedule import IN_TURN_SCHEDULES, Actions, compute_actions
 from planner.shapes import shape_of
@@ -122,7 +125,7 @@ def stage_needs(inputs: Inputs, decisions: Decisions, stage: Stage) -> StageNeed
         above -= layer.deferred if split else 0
         forward = _larger(forward, layer.forward, below)
         extra = 0 if position == len(layers) - 1 else received
-        if split and not decisions.sequence_parallel:
+        if split and not decisions.sequence_parallel and model.num_norms_per_layer < 4:
             extra = 0  # the received gradient is among what the last layer puts off
         backward = _larger(backward, layer.backward, below + above + extra)
         below += layer.kept
@@ -181,18 +184,20 @@ def batch_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int
 
 
 def position_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int | None = None) -> int:
-    """The tables of positions on every rank that has blocks (on any rank without `pipeline_rank`): rotary ones in fp32, 4 bytes for each
-    of s positions and turned element of a head; ALiBi's biases
-    of the rank's heads in the compute type, a/t·s²."""
+    """The tables of positions on every rank that has blocks (on any rank without `pipeline_rank`): rotary ones in fp32, 4 bytes for each of s
+    positions and turned element of a head; in the compute type ALiBi's biases of the rank's heads, a/t·s², and a window's mask, s²."""
     model, length = inputs.model, inputs.training.sequence_length
-    if model.position_embedding == "learned" or inputs.training.profile == "megatron":
+    if inputs.training.profile == "megatron":
         return 0
     mine = [stage for stage in decisions.stages if stage.pipeline_rank == pipeline_rank]
     if pipeline_rank is not None and not any(block_levels(stage, model) for stage in mine):
         return 0
+    width = element_bytes(inputs.training.precision)
     if model.position_embedding == "alibi":
-        return model.num_attention_heads // decisions.tensor_parallel * length**2 * element_bytes(inputs.training.precision)
-    return length * (model.rotary_size // 2) * 2 * 4
+        return model.num_attention_heads // decisions.tensor_parallel * length**2 * width
+    blocks = range(model.num_layers) if pipeline_rank is None else [block for stage in mine for block in stage_blocks(stage, model)]
+    windowed = model.sliding_window is not UNSET and any(model.window_of(block, length) is not None for block in blocks)
+    return length * (model.rotary_size // 2) * 2 * 4 + (length**2 * width if windowed else 0)
 
 
 def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,30 @@ class ModelSpec(Document, frozen=True, kw_only=True):
     """Elements of each query and key head that rotary positions turn, the first ones; unset, all."""
     rotary_neighbours: bool | msgspec.UnsetType = msgspec.UNSET
     """Whether rotary positions turn elements 2i and 2i + 1 against each other (GPT-J), instead of i and i + rotary size / 2."""
+    embedding_scaled: bool | msgspec.UnsetType = msgspec.UNSET
+    """Whether token rows are multiplied by sqrt(h) (Gemma)."""
+    attention_scale: float | msgspec.UnsetType = msgspec.UNSET
+    """What scores are multiplied by; unset, 1 / sqrt(D)."""
+    attention_softcap: float | msgspec.UnsetType = msgspec.UNSET
+    """c of c·tanh(score / c), which attention's scores go through before their softmax (Gemma 2); unset, they do not."""
+    head_softcap: float | msgspec.UnsetType = msgspec.UNSET
+    """The same for the logits."""
+    sliding_window: int | msgspec.UnsetType = msgspec.UNSET
+    """Tokens that each one attends to, itself included; unset, all before it."""
+    full_attention_every: int | msgspec.UnsetType = msgspec.UNSET
+    """n where blocks n, 2n, ... (counted from 1) have no window (Gemma 2: 2); unset, all have it."""
+
+    @property
+    def scores_scale(self) -> float:
+        """What scores are multiplied by."""
+        return 1.0 / math.sqrt(self.head_dim) if self.attention_scale is msgspec.UNSET else self.attention_scale
+
+    def window_of(self, block: int, sequence_length: int) -> int | None:
+        """Tokens that each one of block `block` (from 0) attends to; None where a window of a sequence of this length shuts nothing out."""
+        window, every = self.sliding_window, self.full_attention_every
+        if window is msgspec.UNSET or window >= sequence_length or (every is not msgspec.UNSET and (block + 1) % every == 0):
+            return None
+        return window
 
     @property
     def rotary_size(self) -> int:
@@ -161,6 +186,12 @@ def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
         )
     if model.rotary_dim is not msgspec.UNSET and (model.position_embedding != "rope" or not 0 < model.rotary_dim <= model.head_dim):
         raise InputError(f"{where}: rotary_dim", model.rotary_dim, f"1 to head_dim ({model.head_dim}), and that with rotary positions only")
+    for name in ("attention_scale", "attention_softcap", "head_softcap", "sliding_window", "full_attention_every"):
+        value = getattr(model, name)
+        if value is not msgspec.UNSET and not 0 < value < math.inf:
+            raise InputError(f"{where}: {name}", value, "a number above 0 is expected")
+    if model.sliding_window is not msgspec.UNSET and model.position_embedding == "alibi":
+        raise InputError(f"{where}: sliding_window", model.sliding_window, "a window is for other positions than alibi")
     if model.rotary_size % 2:
         field = "head_dim" if model.rotary_dim is msgspec.UNSET else "rotary_dim"
         raise InputError(f"{where}: {field}", model.rotary_size, "rotary positions need an even number")
@@ -231,6 +262,9 @@ _LLAMA: dict[str, Any] = {
     "family": "llama", "position_embedding": "rope", "norm": "rmsnorm", "activation": "silu", "gated_ffn": True,
     "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied_embeddings": False,
 }  # fmt: skip
+_GEMMA: dict[str, Any] = _LLAMA | {
+    "family": "gemma", "activation": "gelu", "tied_embeddings": True, "embedding_scaled": True, "norm_epsilon": 1e-6,
+}  # fmt: skip
 _NEOX: dict[str, Any] = {
     "family": "neox", "position_embedding": "rope", "tied_embeddings": False, "parallel_block": True, "activation": "gelu_erf",
     "rotary_factor": 0.25,
@@ -244,8 +278,8 @@ HF_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA | {"family": "mistral"},
     "qwen2": _LLAMA | {"family": "qwen2", "qkv_bias": True},
     "qwen3": _LLAMA | {"family": "qwen3", "qk_norm": True},
-    "gemma": _LLAMA | {"family": "gemma", "activation": "gelu", "tied_embeddings": True},
-    "gemma2": _LLAMA | {"family": "gemma2", "activation": "gelu", "tied_embeddings": True, "num_norms_per_layer": 4},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | {"family": "gemma2", "num_norms_per_layer": 4, "attention_softcap": 50.0, "head_softcap": 30.0, "sliding_window": 4096},
     "gpt_neox": _NEOX,
     "gptj": _NEOX | {
         "family": "gptj", "num_norms_per_layer": 1, "qkv_bias": False, "attention_output_bias": False, "head_bias": True, "activation": "gelu",
@@ -278,6 +312,27 @@ def _falcon_block(config: dict[str, Any], values: dict[str, Any]) -> dict[str, A
     parallel = config.get("parallel_attn", True)
     heads = 1 if config.get("multi_query", True) else values["num_attention_heads"]
     return found | {"num_key_value_heads": heads, "parallel_block": parallel, "num_norms_per_layer": 1 if parallel else 2}
+
+
+def _gemma2_attention(config: dict[str, Any], values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Scale, soft-capping and windows of a Gemma 2 config. A key that is null switches its feature off. Raises InputError."""
+    found: dict[str, Any] = {}
+    for key, field in (("attn_logit_softcapping", "attention_softcap"), ("final_logit_softcapping", "head_softcap"), ("sliding_window",) * 2):
+        found[field] = config.get(key, values[field])
+        if found[field] is None:
+            found[field] = msgspec.UNSET
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or not 0 < scalar < math.inf:
+        raise InputError(f"{path}: query_pre_attn_scalar", scalar, "a number above 0 is expected")
+    if scalar != values["head_dim"]:
+        found["attention_scale"] = scalar**-0.5
+    if found["sliding_window"] is msgspec.UNSET:
+        return found
+    kinds = config.get("layer_types") or ["sliding_attention", "full_attention"]
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    if any((kind == "full_attention") != bool(every and (index + 1) % every == 0) for index, kind in enumerate(kinds)):
+        raise InputError(f"{path}: layer_types", kinds, "full_attention at every n-th layer is expected, sliding_attention at the others")
+    return found | ({"full_attention_every": every} if every else {})
 
 
 def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -338,6 +393,10 @@ def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
             values |= {"qkv_bias": False, "attention_output_bias": False}
     if kind == "phi" and config.get("qk_layernorm"):
         raise InputError(f"{path}: qk_layernorm", True, "only Phi models without it are supported")
+    if kind == "mistral" and config.get("sliding_window") is not None:
+        values["sliding_window"] = config["sliding_window"]
+    if kind == "gemma2":
+        values |= _gemma2_attention(config, values, path)
     if kind != "gemma":  # its first configs say gelu and mean the approximation
         values |= _activation(config, path)
     rotary = _rotary_fields(config, values, path)
@@ -351,6 +410,7 @@ def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
         # OPT keeps two rows before position 0 (transformers, OPTLearnedPositionalEmbedding).
         values["num_position_embeddings"] = values["max_sequence_length"] + (2 if kind == "opt" else 0)
     name = config.get("_name_or_path") or path.resolve().parent.name
+    values = {field: value for field, value in values.items() if value is not msgspec.UNSET}
     return validate(convert(values | {"name": str(name), "source": "HF config.json"}, ModelSpec, str(path)), str(path))
 
 

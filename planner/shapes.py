@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from msgspec import UNSET
+
 from planner.model import ModelSpec
 from planner.plan import Decisions, Inputs
 
@@ -94,6 +96,9 @@ class Shape:
     """Query and key heads of this rank."""
     head_dim: int
     qk_norm: bool
+    branch_norms: bool
+    """Whether what attention and MLP give goes through a norm before it is added (four norms a block)."""
+    head_softcap: bool
     weights_buffer: int = 0
     """Gathered weights of the layer at hand, under ZeRO-3."""
     gradients_buffer: int = 0
@@ -195,6 +200,8 @@ def _shape(
         heads=(heads, key_heads),
         head_dim=model.head_dim,
         qk_norm=model.qk_norm,
+        branch_norms=model.num_norms_per_layer == 4,
+        head_softcap=model.head_softcap is not UNSET,
         final_norm=model.final_norm,
         weights_buffer=buffers[0],
         gradients_buffer=buffers[1],

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import parity  # noqa: E402
 
-from executor.attention import alibi_slopes, make_alibi  # noqa: E402
+from executor.attention import alibi_slopes, make_alibi, make_window  # noqa: E402
 from executor.dry_run import dry_run_plan  # noqa: E402
 from executor.huggingface import global_names  # noqa: E402
 from executor.units import Piece  # noqa: E402
@@ -42,7 +42,7 @@ def test_parameters_are_as_many_as_the_planner_counts(family: str) -> None:
     ids=str,
 )
 def test_memory_in_closed_form_is_that_of_the_dry_run(family: str, decisions: dict[str, Any], precision: str) -> None:
-    plan = parity.plan_of(parity.combination(family, **decisions), precision)
+    plan = parity.plan_of(parity.combination(family, **decisions, **parity.ALONE.get(family, {})), precision)
     predicted = predict_memory(plan.inputs, plan.decisions)
     traced = dry_run_plan(plan).pipeline_ranks
     for need, row in zip(predicted, traced, strict=True):
@@ -60,3 +60,15 @@ def test_biases_fall_with_distance_and_shut_out_what_is_later() -> None:
     assert bias.shape == (1, 2, 4, 4)
     assert bias[0, 0, 3].tolist() == [-0.375, -0.25, -0.125, 0.0]
     assert bias[0, 1, 1].tolist() == [-0.0625, 0.0, -torch.inf, -torch.inf]
+
+
+def test_a_window_shuts_out_what_is_later_or_farther() -> None:
+    mask = make_window(5, 2, torch.float32, torch.device("cpu"))
+    seen = [[place for place in range(5) if mask[0, 0, row, place] == 0] for row in range(5)]
+    assert seen == [[0], [0, 1], [1, 2], [2, 3], [3, 4]]
+
+
+def test_only_blocks_whose_window_is_shorter_than_the_sequence_have_a_mask() -> None:
+    model = parity.model_of("gemma")
+    assert [model.window_of(block, 16) for block in range(4)] == [6, None, 6, None]
+    assert model.window_of(0, 6) is None

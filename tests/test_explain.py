@@ -9,7 +9,7 @@ from planner.plan import Training
 from planner.shapes import shape_of
 
 
-@pytest.mark.parametrize("model", ["gpt3-6.7b", "llama-3-8b", "qwen3-0.6b"])
+@pytest.mark.parametrize("model", ["gpt3-6.7b", "llama-3-8b", "qwen3-0.6b", "gemma-2-2b"])
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("attention", ["fused", "unfused"])

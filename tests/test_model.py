@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.documents import builtins
 from planner.errors import InputError
 from planner.graph import layer_graph
 from planner.model import load_model, presets, read_hf_config, replace
@@ -106,6 +107,27 @@ def test_the_turned_part_of_a_head_and_the_activation_are_read(kind: str, tmp_pa
         newer = {"model_type": kind, **newer, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": factor}}
         (tmp_path / "config.json").write_text(json.dumps(newer))
         assert load_model(str(tmp_path)).rotary_size == known.rotary_size < known.head_dim
+
+
+GEMMA2 = {
+    "model_type": "gemma2", "num_hidden_layers": 46, "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32, "vocab_size": 256000,
+    "num_key_value_heads": 16, "head_dim": 128, "max_position_embeddings": 8192, "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def test_what_gemma_2_does_to_scores_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GEMMA2))
+    known = presets()["gemma-2-27b"]
+    read = replace(read_hf_config(path), name=known.name, source=known.source)
+    assert read == replace(known, attention_scale=read.attention_scale)
+    assert read.scores_scale == pytest.approx(known.scores_scale) == pytest.approx(144**-0.5)
+    off = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": None, "query_pre_attn_scalar": 128}
+    path.write_text(json.dumps(GEMMA2 | off))
+    assert not {"attention_softcap", "head_softcap", "sliding_window", "attention_scale"} & set(builtins(read_hf_config(path)))
+    path.write_text(json.dumps(GEMMA2 | {"layer_types": ["full_attention", "sliding_attention"]}))
+    with pytest.raises(InputError, match="layer_types"):
+        read_hf_config(path)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,10 @@ def stage_modules(plan: Plan, embedding: str, block: str, head: Sequence[str]) -
     return out
 
 
+LATER = ("attention_scale", "attention_softcap", "head_softcap", "sliding_window")
+"""Fields of a model that no target here has an option for."""
+
+
 def require_llama(plan: Plan, target: str) -> None:
     """Raises InputError unless the model is of the Llama family: RMSNorm, RoPE, SwiGLU, no biases."""
     model = plan.inputs.model
@@ -153,6 +157,8 @@ def require_llama(plan: Plan, target: str) -> None:
         ("final_norm", model.final_norm, True),
         ("rotary_size", model.rotary_size, model.head_dim),
         ("rotary_neighbours", model.rotary_neighbours is True, False),
+        ("embedding_scaled", model.embedding_scaled is True, False),
+        *((name, getattr(model, name) or None, None) for name in LATER),
         ("head_dim", model.head_dim, model.hidden_size // model.num_attention_heads),
     )
     for name, value, allowed in wanted:

@@ -6,7 +6,7 @@ Uneven stages go through `--pipeline-model-parallel-layout`, whose stages are se
 
 from __future__ import annotations
 
-from planner.export.common import Notes, effective_order, flag, header, recompute_words, refuse, script, stage_levels, torchrun
+from planner.export.common import LATER, Notes, effective_order, flag, header, recompute_words, refuse, script, stage_levels, torchrun
 from planner.plan import Plan, has_embedding, has_head, stage_blocks
 
 TARGET = "megatron"
@@ -122,6 +122,9 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     for name in ("parallel_block", "embedding_norm", "head_bias"):
         if getattr(model, name):
             raise refuse(TARGET, f"model.{name}", True, "Megatron-LM's GPT has no option for it")
+    for name in ("embedding_scaled", *LATER):
+        if getattr(model, name):
+            raise refuse(TARGET, f"model.{name}", getattr(model, name), "this export has no option for it")
     if model.position_embedding == "alibi":
         raise refuse(TARGET, "model.position_embedding", "alibi", "Megatron-LM has learned and rotary positions")
     if model.num_norms_per_layer != 2:
