@@ -89,7 +89,7 @@ def stage_parameters(inputs: Inputs, decisions: Decisions, stage: Stage) -> int:
 def _data_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> float:
     """ZeRO-0: gradients all-reduced once. ZeRO-1: reduce-scattered once, weights gathered once. ZeRO-2: reduce-scattered every
     micro-batch. ZeRO-3: also the weights gathered for every forward and every backward, and not after the step
-    (Rajbhandari et al. 2020, section 7).
+    (Rajbhandari et al. 2020, section 7). A tied table on one rank is so for the embedding and for the head.
     """
     d, replicas = decisions.data_parallel, decisions.data_parallel_replicate
     if d == 1:
@@ -104,7 +104,16 @@ def _data_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> float:
     total = 2 * (replicas - 1) / replicas * gradients / shards
     total += share * gradients * (m if decisions.zero_stage >= 2 else 1)
     total += share * weights * (2 * m if decisions.zero_stage == 3 else 1)
+    if decisions.zero_stage >= 2 and _holds_tied_table_twice(inputs, decisions, stage):
+        table = -(-inputs.model.vocab_size // decisions.tensor_parallel) * inputs.model.hidden_size
+        total += share * m * table * (per_parameter.gradients + (2 * per_parameter.weights if decisions.zero_stage == 3 else 0))
     return total
+
+
+def _holds_tied_table_twice(inputs: Inputs, decisions: Decisions, stage: Stage) -> bool:
+    """Whether the stage's head uses the table of an embedding on the same rank: one table, reduced and gathered for each of the two layers."""
+    first = decisions.stages[0].pipeline_rank
+    return inputs.model.tied_embeddings and has_head(stage, inputs.model) and stage.pipeline_rank == first
 
 
 def _pipeline(inputs: Inputs, decisions: Decisions, stages: list[int]) -> float:

@@ -272,8 +272,9 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
         return replicated
     cluster, precision = inputs.cluster, inputs.training.precision
     shard, replicas, whole = (_slowed(ranks, program) for ranks in _data_parallel_groups(cluster, decisions))
-    weight_bytes = num_parameters_on_rank * ELEMENT_BYTES[precision]
-    gradient_bytes = num_parameters_on_rank * (4 if precision == "fp32" else program.gradient_bytes)
+    of_gradient = 4 if precision == "fp32" else program.gradient_bytes
+    moved = num_parameters_on_rank + _tied_again(inputs, decisions, program)
+    weight_bytes, gradient_bytes = moved * ELEMENT_BYTES[precision], moved * of_gradient
     m = decisions.num_microbatches
     share = decisions.tensor_parallel * num_parameters_on_rank / inputs.model.block_parameters
     pieces = _num_units(inputs, decisions, num_parameters_on_rank) if program.collective_per_layer else 1.0
@@ -287,7 +288,7 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     if cluster.efficiency.fresh_bandwidth_bytes_per_second and decisions.zero_stage >= 2 and program.reduce_each_microbatch:
         made = m * (gradient_bytes + (2.0 * weight_bytes if decisions.zero_stage == 3 else 0.0))
         replicated += made / cluster.efficiency.fresh_bandwidth_bytes_per_second
-    across = whole_of(all_reduce_seconds, replicas, gradient_bytes / shard.size) if replicas.size > 1 else 0.0
+    across = whole_of(all_reduce_seconds, replicas, num_parameters_on_rank * of_gradient / shard.size) if replicas.size > 1 else 0.0
     scatter = whole_of(all_reduce_seconds if program.zero1_all_reduce else reduce_scatter_seconds, shard, gradient_bytes)
     if decisions.zero_stage >= 2 and program.reduce_each_microbatch:
         scatter *= m
@@ -313,6 +314,13 @@ def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank:
     if program.overlap_gathers:
         gathers = max(0.0, gathers - (block.forward + block.backward) * share)
     return reduction + m * gathers + replicated
+
+
+def _tied_again(inputs: Inputs, decisions: Decisions, program: Software) -> float:
+    """Parameters of a tied table on the only stage, which ZeRO-2 and 3 reduce (and 3 gathers) layer by layer: for the embedding and the head."""
+    if decisions.zero_stage < 2 or decisions.pipeline_parallel > 1 or not program.collective_per_layer or not inputs.model.tied_embeddings:
+        return 0.0
+    return inputs.model.token_embedding_parameters / decisions.tensor_parallel
 
 
 def _num_units(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float) -> float:

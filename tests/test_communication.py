@@ -18,8 +18,15 @@ def test_data_parallel_all_reduces_every_gradient() -> None:
 
 @pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 4 + 1), (3, 3 * 4)])
 def test_zero_sends_gathers_and_scatters(stage: int, times: int) -> None:
-    plan = make_plan("tiny-gpt", dp=4, m=4, zero_stage=stage, precision="fp32")
-    assert communication_bytes(plan.inputs, plan.decisions, 0)["dp"] == pytest.approx(times * 3 / 4 * load_model("tiny-gpt").num_parameters * 4)
+    plan = make_plan("tiny-llama", dp=4, m=4, zero_stage=stage, precision="fp32")
+    assert communication_bytes(plan.inputs, plan.decisions, 0)["dp"] == pytest.approx(times * 3 / 4 * load_model("tiny-llama").num_parameters * 4)
+
+
+def test_zero_sends_a_tied_table_for_the_embedding_and_for_the_head() -> None:
+    plan = make_plan("tiny-gpt", dp=4, m=4, zero_stage=3, precision="fp32")
+    model = plan.inputs.model
+    moved = model.num_parameters + model.vocab_size * model.hidden_size
+    assert communication_bytes(plan.inputs, plan.decisions, 0)["dp"] == pytest.approx(3 * 4 * 3 / 4 * moved * 4)
 
 
 def test_a_pipeline_sends_one_message_a_microbatch_and_direction() -> None:
