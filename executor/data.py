@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,8 +64,14 @@ def _open(path: Path) -> np.ndarray[Any, Any]:
     return np.memmap(path, dtype=_MEGATRON_TYPES[code], mode="r")
 
 
+class Source(Protocol):
+    """Where a run's samples come from."""
+
+    seed: int
+
+
 class Data:
-    """Samples of one run."""
+    """Samples of token sequences."""
 
     def __init__(self, tokens: np.ndarray[Any, Any] | None, vocab_size: int, sequence_length: int, global_batch_size: int, seed: int) -> None:
         if tokens is not None and len(tokens) < sequence_length + 1:

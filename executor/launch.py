@@ -11,19 +11,24 @@ import torch
 import torch.distributed as dist
 
 from executor.checkpoint import Checkpointer, find_checkpoint, resume
-from executor.data import Data, open_tokens
+from executor.data import Data, Source, open_tokens
 from executor.measure import StorageTracker
 from executor.mesh import make_mesh
 from executor.model import check_model
 from executor.optimizer import OptimizerOptions
-from executor.options import arguments
+from executor.options import arguments, check_module_options
+from executor.rank import RankTrainer
 from executor.rehearse import Rehearsal, script
 from executor.restart import Again, agree, attempt, begin, find_again, own_store
 from executor.results import collect, write_run
 from executor.scalars import check_tensorboard, scalar_writer
+from executor.traced_build import prepare
+from executor.traced_stage import pipeline_sets
+from executor.traced_train import ModuleTrainer
 from executor.train import RunOptions, StepFigures, Trainer, progress_line, stderr_progress, train
+from planner.chain_plan import ChainPlan, load_any_plan
 from planner.errors import InputError, MeshwrightError
-from planner.plan import Plan, load_plan, replace
+from planner.plan import Plan, Training, replace
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def start_process_group(plan: Plan, device: torch.device, timeout_seconds: float) -> int:
+def start_process_group(plan: Plan | ChainPlan, device: torch.device, timeout_seconds: float) -> int:
     """Joins the other ranks of this attempt as torchrun's environment says. Returns this process's rank."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = plan.decisions.world_size
@@ -60,11 +65,11 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         options = arguments(argv)
-        plan = load_plan(options.plan)
+        plan = load_any_plan(options.plan)
+        check_module_options(options, isinstance(plan, ChainPlan))
         if options.rehearse:
             run_rehearsal(plan, options)
         else:
-            check_model(plan.inputs.model, plan.decisions.tensor_parallel, options.plan)
             run(plan, options)
     except MeshwrightError as error:
         if rank == 0:
@@ -76,43 +81,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(plan: Plan, options: argparse.Namespace) -> None:
+def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
     """Trains, and writes the run document on rank 0."""
     device = choose_device(options.device)
-    training, decisions = plan.inputs.training, plan.decisions
-    tokens = open_tokens(options.data, plan.inputs.model.vocab_size)
-    data = Data(tokens, plan.inputs.model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise InputError("--output", options.output, "a file in an existing folder is expected")
     check_tensorboard(options.tensorboard)
-    if options.resume:
-        find_checkpoint(options.resume)
-    rank = start_process_group(plan, device, options.timeout)
-    copies = max(1, decisions.tensor_parallel // plan.inputs.model.num_key_value_heads)
-    mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
-    run_options = RunOptions(
-        seed=options.seed,
-        learning_rate=options.learning_rate,
-        min_learning_rate=options.min_learning_rate,
-        warmup_steps=options.warmup_steps,
-        decay_steps=options.decay_steps,
-        clip_norm=options.clip_norm,
-        dropout=options.dropout,
-        compile=options.compile,
-        optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
-    )
-    trainer = Trainer(plan, mesh, run_options, device, load_from=options.load)
-    first = start_or_go_on(trainer, options)
+    trainer, data = module_start(plan, options, device) if isinstance(plan, ChainPlan) else transformer_start(plan, options, device)
+    mesh, rank, training = trainer.mesh, trainer.mesh.rank, plan.inputs.training
+    first = start_or_go_on(trainer, options) if isinstance(trainer, Trainer) else 0
     last_step = first + options.steps
     num_tokens = training.global_batch_size * training.sequence_length
+    unit = "samples" if isinstance(plan, ChainPlan) and training.sequence_length == 1 else "tokens"
     scalars = scalar_writer(options.tensorboard, trainer.step_index) if rank == 0 else None
 
     def on_step(figures: StepFigures) -> None:
         if scalars is not None:
             scalars(figures, num_tokens)
-            stderr_progress(progress_line(figures.step, last_step, figures.loss, figures.seconds, num_tokens, figures.gradient_norm))
+            line = progress_line(figures.step, last_step, figures.loss, figures.seconds, num_tokens, figures.gradient_norm, unit)
+            stderr_progress(line)
 
-    checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
+    checkpointer = None
+    if options.checkpoint_every and isinstance(trainer, Trainer):
+        checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints)
 
     def after_step() -> None:
         if checkpointer is not None:
@@ -128,6 +119,44 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
         write_run(options.output, *document)
     if mesh.world_size > 1:
         dist.barrier()
+
+
+def run_options(options: argparse.Namespace, training: Training) -> RunOptions:
+    """How to train, as the command line says."""
+    return RunOptions(
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        min_learning_rate=options.min_learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=options.decay_steps,
+        clip_norm=options.clip_norm,
+        dropout=options.dropout,
+        compile=options.compile,
+        optimizer=OptimizerOptions(kind=training.optimizer, weight_decay=options.weight_decay),
+    )
+
+
+def transformer_start(plan: Plan, options: argparse.Namespace, device: torch.device) -> tuple[RankTrainer, Source]:
+    """This rank of a transformer's plan, and its data."""
+    training, decisions, model = plan.inputs.training, plan.decisions, plan.inputs.model
+    check_model(model, decisions.tensor_parallel, options.plan)
+    data = Data(open_tokens(options.data, model.vocab_size), model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
+    if options.resume:
+        find_checkpoint(options.resume)
+    rank = start_process_group(plan, device, options.timeout)
+    copies = max(1, decisions.tensor_parallel // model.num_key_value_heads)
+    mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
+    return Trainer(plan, mesh, run_options(options, training), device, load_from=options.load), data
+
+
+def module_start(plan: ChainPlan, options: argparse.Namespace, device: torch.device) -> tuple[RankTrainer, Source]:
+    """This rank of a traced module's plan, and its made-up data."""
+    prepared = prepare(plan, options.model, options.seed)
+    rank = start_process_group(plan, device, options.timeout)
+    shared = pipeline_sets(prepared.cut, plan.decisions.stages)
+    mesh = make_mesh(plan.decisions, rank, pipeline_sets=shared, timeout_seconds=options.timeout)
+    trainer = ModuleTrainer(plan, prepared.cut, prepared.state, mesh, run_options(options, plan.inputs.training), device)
+    return trainer, prepared.data
 
 
 def start_or_go_on(trainer: Trainer, options: argparse.Namespace) -> int:
@@ -148,7 +177,7 @@ def start_or_go_on(trainer: Trainer, options: argparse.Namespace) -> int:
     return done
 
 
-def run_rehearsal(plan: Plan, options: argparse.Namespace) -> None:
+def run_rehearsal(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
     """Rehearses, and writes the run document on rank 0: no losses, and no memory."""
     device = torch.device("cpu")
     rank = start_process_group(plan, device, options.timeout)

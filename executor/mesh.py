@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,8 @@ class Mesh:
     key_value: Axis
     """Tensor-parallel ranks that hold the same key-value heads."""
     sent_bytes: Counter[str]
+    among: dict[tuple[int, ...], Axis] = field(default_factory=dict)
+    """By sets of pipeline ranks that share parameters: those of this rank's pipeline; only this rank itself where it is none of them."""
 
     def world_sum(self, tensor: torch.Tensor) -> None:
         """Adds `tensor` up over all ranks, in place."""
@@ -133,9 +135,15 @@ def rank_of(coordinates: dict[str, int], decisions: Decisions) -> int:
 
 
 def make_mesh(
-    decisions: Decisions, rank: int, *, key_value_copies: int = 1, timeout_seconds: float = 600.0, only_own_groups: bool = False
+    decisions: Decisions,
+    rank: int,
+    *,
+    key_value_copies: int = 1,
+    pipeline_sets: Iterable[tuple[int, ...]] = (),
+    timeout_seconds: float = 600.0,
+    only_own_groups: bool = False,
 ) -> Mesh:
-    """The mesh of `decisions` on the default process group.
+    """The mesh of `decisions` on the default process group. `pipeline_sets` are sets of pipeline ranks that share parameters.
 
     Groups get the timeout themselves, since groups ignore the one of `init_process_group`. Every rank makes every group in
     the same order, unless `only_own_groups` (a fake process group, where no other rank exists).
@@ -186,6 +194,11 @@ def make_mesh(
         replicate = axis("dp", slices("dp", lambda size: [list(range(index, size, shards)) for index in range(shards)]))
     tied = axis("pp", slices("pp", lambda size: [[0, size - 1]] if size > 1 else [[0]]))
     key_value = axis("tp", slices("tp", blocks(key_value_copies)))
+
+    def only(chosen: tuple[int, ...]) -> Callable[[int], Sequence[Sequence[int]]]:
+        return lambda size: [chosen]
+
+    among = {chosen: axis("pp", slices("pp", only(chosen))) for chosen in sorted(pipeline_sets)}
     if decisions.world_size > 1 and dist.get_backend() == "gloo":
         hasten_transport()
     return Mesh(
@@ -201,4 +214,5 @@ def make_mesh(
         tied=Axis("pp", (rank,), 0, None, sent) if rank not in tied.ranks else tied,
         key_value=key_value,
         sent_bytes=sent,
+        among=among,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from planner.errors import InputError
+from planner.traced import is_reference
 
 RUN = "Runs a plan. Start it with torchrun, one process per rank."
 
@@ -33,6 +34,7 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
         parser.add_argument(option, type=_number(option, below), default=default, metavar="X", help=text)
 
     parser.add_argument("plan", metavar="PLAN", help="a plan document")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:CALLABLE", help="the plan's module, where it is of a traced one: its code runs")
     whole("--steps", 10, "optimizer steps (default 10)", low=1)
     parser.add_argument("-o", "--output", metavar="FILE", help="where rank 0 writes the run document")
     parser.add_argument("--data", metavar="FILE", help='text, a token .bin, or "synthetic" (default: a text that ships with the package)')
@@ -59,6 +61,26 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     if options.timeout <= 0:
         raise InputError("--timeout", options.timeout, "a positive number of seconds is expected")
     return options
+
+
+MODULE_HAS_NOT = ("data", "dropout", "checkpoint_every", "resume", "load", "compile")
+"""Options that a traced module's run does not have."""
+
+
+def check_module_options(options: argparse.Namespace, traced: bool) -> None:
+    """Raises InputError for an option that does not go with the kind of the plan."""
+    if not traced:
+        if options.model is not None:
+            raise InputError("--model", options.model, "it is for plans of traced modules; this one is of a transformer, which it describes itself")
+        return
+    if options.model is None and not options.rehearse:
+        raise InputError("--model", "", "the plan is of a traced module, whose code only the command line can name: package.module:callable")
+    if options.model is not None and not is_reference(options.model):
+        raise InputError("--model", options.model, "package.module:callable is expected")
+    for name in MODULE_HAS_NOT:
+        value = getattr(options, name)
+        if value and not (name == "data" and value == "synthetic"):
+            raise InputError(f"--{name.replace('_', '-')}", value, "the run of a traced module does not have it")
 
 
 def _whole(option: str, low: int) -> Callable[[str], int]:

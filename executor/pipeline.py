@@ -10,8 +10,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,15 @@ from executor.functions import State
 from executor.measure import Recorder
 from executor.mesh import DONE, Axis, Mesh
 from executor.model import StageModel
+from executor.units import Unit
 from planner.schedule import Actions
+
+
+class Message(NamedTuple):
+    """What a stage hands to the next, and gets the gradient of."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Compute(Protocol):
@@ -85,27 +93,31 @@ class StageCompute:
                 work.popleft()()
 
     def reduce(self, stage: int) -> None:
-        before: Any = DONE
-        for unit in self.stages[stage].units:
-            work = unit.reduce()
-            before.wait()  # two at a time: gloo keeps a copy of what it reduces
-            before = work
-        before.wait()
+        reduce_units(self.stages[stage].units)
 
     def optimizer(self) -> None:
         self.run_optimizer()
+
+
+def reduce_units(units: Iterable[Unit]) -> None:
+    """The units' gradients over the data-parallel ranks, two at a time: gloo keeps a copy of what it reduces."""
+    before: Any = DONE
+    for unit in units:
+        work = unit.reduce()
+        before.wait()
+        before = work
+    before.wait()
 
 
 class SleepCompute:
     """A rehearsal: each action takes its predicted time and sends messages of the real size."""
 
     def __init__(
-        self, seconds: Callable[[str, int], float], last_stage: int, rows: tuple[int, int], dtype: torch.dtype, reduce: Callable[[int], None]
+        self, seconds: Callable[[str, int], float], last_stage: int, messages: Sequence[Message], reduce: Callable[[int], None]
     ) -> None:
         self.seconds = seconds
         self.last_stage = last_stage
-        self.rows = rows
-        self.dtype = dtype
+        self.messages = messages
         self.run_reduce = reduce
 
     def _act(self, kind: str, stage: int) -> None:
@@ -115,11 +127,15 @@ class SleepCompute:
 
     def forward(self, stage: int, microbatch: int, x: torch.Tensor | None) -> torch.Tensor | None:
         self._act("F", stage)
-        return torch.zeros(self.rows, dtype=self.dtype) if stage < self.last_stage else None
+        return self._message(stage) if stage < self.last_stage else None
 
     def backward(self, stage: int, microbatch: int, gradient: torch.Tensor | None, split: bool) -> torch.Tensor | None:
         self._act("I" if split else "B", stage)
-        return torch.zeros(self.rows, dtype=self.dtype) if stage > 0 else None
+        return self._message(stage - 1) if stage > 0 else None
+
+    def _message(self, behind: int) -> torch.Tensor:
+        shape, dtype = self.messages[behind]
+        return torch.zeros(shape, dtype=dtype)
 
     def weights(self, stage: int, microbatch: int) -> None:
         self._act("W", stage)
@@ -201,15 +217,17 @@ class Sends:
 
 
 class Pipeline:
-    """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i; `in_turn` as in `Sends`."""
+    """Runs one step of a rank's actions. `stage_ranks[i]` is the pipeline rank of stage i, `messages[i]` what it hands on.
+
+    `in_turn` as in `Sends`.
+    """
 
     def __init__(
         self,
         actions: Actions,
         stage_ranks: tuple[int, ...],
         mesh: Mesh,
-        rows: tuple[int, int],
-        dtype: torch.dtype,
+        messages: Sequence[Message],
         device: torch.device,
         recorder: Recorder,
         *,
@@ -218,8 +236,7 @@ class Pipeline:
         self.actions = actions
         self.stage_ranks = stage_ranks
         self.mesh = mesh
-        self.rows = rows
-        self.dtype = dtype
+        self.messages = messages
         self.device = device
         self.recorder = recorder
         self._inbox: dict[tuple[str, int, int], torch.Tensor] = {}
@@ -288,7 +305,8 @@ class Pipeline:
         self._sends.send((direction, stage), tensor, lambda: dist.isend(tensor, peer, group=axis.group, tag=tag))
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
-        tensor = torch.empty(self.rows, dtype=self.dtype, device=self.device)
+        shape, dtype = self.messages[min(source, stage)]
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
         axis = self._axis(direction)
         work = dist.irecv(tensor, axis.ranks[self.stage_ranks[source]], group=axis.group, tag=self._tag(direction, stage, microbatch))
         if work is not None:

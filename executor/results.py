@@ -15,6 +15,7 @@ from executor.clock import clock_offsets
 from executor.measure import Record, StorageTracker, environment, peak_rss_bytes
 from executor.mesh import Mesh, coordinates_of
 from executor.train import StepFigures
+from planner.chain_plan import ChainPlan
 from planner.documents import dumps, write_text
 from planner.plan import Plan, plan_hash
 from planner.run import Coordinates, Run, RunRank, Step, Summary
@@ -34,7 +35,7 @@ def write_run(output: str, run: Run, timeline: Timeline) -> None:
 
 
 def collect(
-    plan: Plan,
+    plan: Plan | ChainPlan,
     mesh: Mesh,
     records: list[Record],
     tracker: StorageTracker,

@@ -11,9 +11,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from executor.options import arguments
+from executor.options import arguments, check_module_options
+from planner.chain_plan import ChainPlan, load_any_plan
 from planner.errors import DoesNotFitError, InputError, MeshwrightError
-from planner.plan import Plan, load_plan
+from planner.plan import Plan
 
 GIB = 2**30
 PROCESS_BYTES = 240 * 2**20
@@ -26,9 +27,12 @@ def main(argv: list[str]) -> int:
     """Returns an exit status when something is wrong; else this process becomes torchrun."""
     try:
         options = arguments(argv, "plan run", ABOUT)
-        plan = load_plan(options.plan, "PLAN")
+        plan = load_any_plan(options.plan, "PLAN")
+        check_module_options(options, isinstance(plan, ChainPlan))
         check_files(options)
         check_machine(plan, options)
+        if isinstance(plan, ChainPlan) and not options.rehearse:
+            check_module(plan, options.model)
     except MeshwrightError as error:
         sys.stderr.write(f"plan: {error}\n")
         return error.exit_status
@@ -49,7 +53,14 @@ def check_files(options: Namespace) -> None:
             raise InputError(f"--{name}", folder, "an existing folder is expected")
 
 
-def check_machine(plan: Plan, options: Namespace) -> None:
+def check_module(plan: ChainPlan, reference: str) -> None:
+    """Raises InputError unless the module that `reference` builds is the plan's and can be cut as planned. Allocates none of it."""
+    from executor.traced_build import fake_cut
+
+    fake_cut(plan, reference)
+
+
+def check_machine(plan: Plan | ChainPlan, options: Namespace) -> None:
     """Raises InputError when this machine has too few GPUs for the plan, DoesNotFitError when it has too little memory."""
     import torch
 
@@ -68,10 +79,11 @@ def check_machine(plan: Plan, options: Namespace) -> None:
         raise DoesNotFitError(f"the plan needs {max(peaks(plan)) / GIB:.1f} GiB on its fullest GPU; here a GPU has {smallest / GIB:.1f} GiB")
 
 
-def peaks(plan: Plan) -> list[int]:
-    """The predicted peak of every rank, in bytes."""
+def peaks(plan: Plan | ChainPlan) -> list[int]:
+    """The predicted peak of every rank, in bytes; at least a whole traced module in fp32, which each rank makes to take its part."""
     copies = plan.decisions.world_size // plan.decisions.pipeline_parallel
-    return [rank.memory.total_bytes for rank in plan.predictions.pipeline_ranks for _ in range(copies)]
+    whole = 4 * plan.inputs.model.num_parameters if isinstance(plan, ChainPlan) else 0
+    return [max(rank.memory.total_bytes, whole) for rank in plan.predictions.pipeline_ranks for _ in range(copies)]
 
 
 def check_host_memory(need: Sequence[int], available: int) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from planner.documents import Document
+from planner.either import AnyPlan, predict_timeline
 from planner.errors import InputError
-from planner.plan import Memory, PipelineRankPrediction, Plan, plan_hash
+from planner.plan import Memory, PipelineRankPrediction, plan_hash
 from planner.run import DryRun, Run, RunRank
 from planner.schedule import Action, plan_actions
 from planner.timeline import Event, Timeline, bubble_fractions, simulate
-from planner.timing import predict_timeline
 
 SCHEMA = "meshwright.comparison/1"
 CATEGORIES = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "buffers_bytes", "total_bytes")
@@ -80,7 +80,7 @@ class Comparison(Document, frozen=True, kw_only=True):
     """The constants by how much they move the predicted step, largest first; empty without a measured timeline."""
 
 
-def compare(plan: Plan, run: Run, dry_run: DryRun | None = None, tolerance: float | None = None, actions: Timeline | None = None) -> Comparison:
+def compare(plan: AnyPlan, run: Run, dry_run: DryRun | None = None, tolerance: float | None = None, actions: Timeline | None = None) -> Comparison:
     """The comparison of a plan's predictions with a run of it, and with a dry run where there is one.
 
     `actions` is the run's timeline (`planner.run.load_actions`); with it the comparison names the constants that are off.
@@ -101,7 +101,7 @@ def compare(plan: Plan, run: Run, dry_run: DryRun | None = None, tolerance: floa
     )
 
 
-def check_same_plan(plan: Plan, run: Run | None, dry_run: DryRun | None = None) -> None:
+def check_same_plan(plan: AnyPlan, run: Run | None, dry_run: DryRun | None = None) -> None:
     """Raises InputError when a run or a dry run was made from another plan, or its ranks are not this plan's."""
     expected = plan_hash(plan)
     for name, document in (("run", run), ("dry run", dry_run)):
@@ -129,7 +129,7 @@ def _row(quantity: str, rank: int | None, predicted: float | None, measured: flo
     )
 
 
-def _whole_rows(plan: Plan, run: Run, dry_run: DryRun | None) -> Iterable[Row]:
+def _whole_rows(plan: AnyPlan, run: Run, dry_run: DryRun | None) -> Iterable[Row]:
     time, traced = plan.predictions.time, max((rank.memory.total_bytes for rank in dry_run.pipeline_ranks), default=None) if dry_run else None
     yield _row("step_seconds", None, time.step_seconds, run.summary.step_seconds)
     yield _row("tokens_per_second", None, time.tokens_per_second, run.summary.tokens_per_second)
@@ -137,7 +137,7 @@ def _whole_rows(plan: Plan, run: Run, dry_run: DryRun | None) -> Iterable[Row]:
     yield _row("peak_bytes", None, plan.predictions.memory.total_bytes, None if run.rehearsed else run.summary.peak_bytes, traced)
 
 
-def _rank_rows(plan: Plan, run: Run, rank: RunRank, dry_run: DryRun | None, timeline: Timeline) -> Iterable[Row]:
+def _rank_rows(plan: AnyPlan, run: Run, rank: RunRank, dry_run: DryRun | None, timeline: Timeline) -> Iterable[Row]:
     place = rank.coordinates.pp
     prediction = _prediction(plan, place)
     predicted = prediction.memory if prediction else None
@@ -152,7 +152,7 @@ def _rank_rows(plan: Plan, run: Run, rank: RunRank, dry_run: DryRun | None, time
     yield _row("busy_seconds", rank.rank, busy, rank.busy_seconds)
 
 
-def _prediction(plan: Plan, pipeline_rank: int) -> PipelineRankPrediction | None:
+def _prediction(plan: AnyPlan, pipeline_rank: int) -> PipelineRankPrediction | None:
     return next((rank for rank in plan.predictions.pipeline_ranks if rank.pipeline_rank == pipeline_rank), None)
 
 
@@ -178,12 +178,12 @@ def _within(row: Row, tolerance: float, rank_total: float | None) -> bool:
     return difference <= tolerance * abs(row.measured)
 
 
-def blame(plan: Plan, run: Run, actions: Timeline | None) -> tuple[str, ...]:
+def blame(plan: AnyPlan, run: Run, actions: Timeline | None) -> tuple[str, ...]:
     """`causes` in words, one sentence for each constant; none without a measured timeline."""
     return tuple(cause.words for cause in causes(plan, run, actions))
 
 
-def causes(plan: Plan, run: Run, actions: Timeline | None, predicted: Timeline | None = None) -> tuple[Cause, ...]:
+def causes(plan: AnyPlan, run: Run, actions: Timeline | None, predicted: Timeline | None = None) -> tuple[Cause, ...]:
     """Each predicted constant beside its measurement, by how much it moves the predicted step, largest first.
 
     The schedule is walked once with the predicted times, and once for each constant with the measured mean times of its
@@ -238,7 +238,7 @@ def _durations(events: Iterable[Event], replica: Callable[[int], tuple[int, int]
     return means
 
 
-def _walk(plan: Plan, seconds: Durations) -> float:
+def _walk(plan: AnyPlan, seconds: Durations) -> float:
     """The end of the step when its actions take these times; what is missing takes none."""
 
     def duration(action: Action) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from planner import graph
+from planner.chain_plan import ChainInputs
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
 from planner.economics import MFU_IMPLAUSIBLE, run_cost
@@ -78,7 +79,7 @@ def model_summary(model: ModelSpec) -> dict[str, object]:
     return {"name": shape.pop("name"), "num_parameters": model.num_parameters, **shape}
 
 
-def capacity_bytes(inputs: Inputs) -> int:
+def capacity_bytes(inputs: Inputs | ChainInputs) -> int:
     """Bytes that a plan may use on each GPU."""
     gpu = inputs.cluster.gpu
     return int(gpu.memory_bytes * inputs.training.memory_fraction) - gpu.reserved_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -261,7 +261,17 @@ def digest(document: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_hash(plan: Plan) -> str:
+class Hashed(Protocol):
+    """A plan of either kind."""
+
+    @property
+    def inputs(self) -> msgspec.Struct: ...
+
+    @property
+    def decisions(self) -> Decisions: ...
+
+
+def plan_hash(plan: Hashed) -> str:
     """Identifies what a plan says to do: its inputs and decisions, not its predictions."""
     return digest((plan.inputs, plan.decisions))
 
@@ -277,7 +287,7 @@ def load_plan(path: str, field: str = "plan") -> Plan:
     """The plan stored at `path`, checked. Raises InputError for that of a traced module, which has no transformer's shape."""
     value = parse_json(read_text(path, field), path)
     if is_traced(value):
-        allowed = "a plan of a transformer is expected; one of a traced module can be shown and simulated, but there is no code to run it"
+        allowed = "a plan of a transformer is expected; one of a traced module can be shown, simulated, run, compared and reported"
         raise InputError(f"{path}: inputs.model.name", value["inputs"]["model"].get("name"), allowed)
     plan = convert(value, Plan, path, SCHEMA)
     check(plan.inputs, plan.decisions, path)

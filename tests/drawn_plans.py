@@ -73,7 +73,7 @@ def category_error(predicted: Memory, plan: Plan, rank: int, traced: Memory) -> 
     error = _category_error(predicted, traced)
     if error <= 0.02:
         return error
-    with mock.patch("executor.train.StorageTracker", Moments):
+    with mock.patch("executor.rank.StorageTracker", Moments):
         dry_run_rank(plan, rank)
     return min(_category_error(predicted, moment) for moment in Moments.last.peaks())
 

@@ -224,6 +224,6 @@ def test_the_commands(tmp_path, monkeypatch):
     assert shown.exit_code == 0 and "Runners-up" in shown.stdout
     simulated = json.loads(command("simulate", path, "--json").stdout)
     assert simulated["step_seconds"] == pytest.approx(json.loads(Path(path).read_text())["solver"]["objective_seconds"])
-    for refused in (("export", path, "--to", "megatron"), ("dry-run", path), ("report", path, "-o", path + ".html")):
+    for refused in (("export", path, "--to", "megatron"), ("dry-run", path)):
         error = command(*refused).exception
         assert isinstance(error, InputError) and error.exit_status == 2 and "traced module" in str(error)

@@ -17,6 +17,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {"pulp": {"solver"}, "highspy": {"solver"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
 EXECUTOR_MAY = {
     "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "correction", "measurements",
+    "either", "chain_plan", "traced", "trace",
 }  # fmt: skip
 
 

@@ -341,19 +341,14 @@ def show(plan_file: str, as_json: bool) -> int:
 def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     """The schedule's timeline: bubble, busy and idle time per pipeline rank."""
     from planner.accuracy import step_interval
+    from planner.either import predict_timeline
     from planner.tables import plans, text
     from planner.timeline import bubble_fraction, bubble_fractions, busy_seconds, chrome_trace, exposed_communication_seconds, window
-    from planner.timing import predict_timeline
 
     plan = load_any_plan(plan_file, "PLAN")
     if trace is not None:
         require_folder(trace)
-    if isinstance(plan, ChainPlan):
-        from planner import chain_costs
-
-        timeline = chain_costs.predict_timeline(chain_costs.ChainCosts(plan.inputs), plan.decisions)
-    else:
-        timeline = predict_timeline(plan.inputs, plan.decisions)
+    timeline = predict_timeline(plan.inputs, plan.decisions)
     interval = None if isinstance(plan, ChainPlan) else step_interval(timeline.end)  # errors were measured for transformers only
     fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)
     first, last = window(timeline)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from planner import documents
+from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import NUMBER, json_option, require_folder
 from planner.cli.planning import print_json
 from planner.errors import InputError, ToleranceError
@@ -27,7 +28,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
     from planner.run import load_actions, load_dry_run, load_run
     from planner.tables import results, text
 
-    plan, run = load_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
+    plan, run = load_any_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
     if output is not None:
         require_folder(output)
     dry_run = load_dry_run(dry_run_file) if dry_run_file else None
@@ -37,7 +38,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
     if as_json:
         print_json(document)
     else:
-        parts: list[Any] = results.comparison_view(document, run)
+        parts: list[Any] = results.comparison_view(document, run, with_interval=not isinstance(plan, ChainPlan))
         click.echo(text.show(*parts, text.notes("Where the difference lies", [cause.words for cause in document.causes])), nl=False)
     if document.within_tolerance is False:
         beyond = results.outside_words(document, outside(document.rows, tolerance or 0.0))
@@ -52,7 +53,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
 @click.option("-o", "--output", type=click.Path(), required=True, help="Where to write the page.")
 def report(plan_file: str, run_file: str | None, dry_run_file: str | None, output: str) -> int:
     """One self-contained Plotly page: memory against capacity, the pipeline predicted and measured, losses."""
-    plan = load_plan(plan_file, "PLAN")
+    plan = load_any_plan(plan_file, "PLAN")
     require_folder(output)
     write_report(plan_file, run_file, dry_run_file, output, plan)
     click.echo(f"wrote {output}", err=True)
@@ -61,9 +62,9 @@ def report(plan_file: str, run_file: str | None, dry_run_file: str | None, outpu
 
 def write_report(plan_file: str, run_file: str | None, dry_run_file: str | None, output: str, plan: Any) -> None:
     """The report of a plan, and of its run and dry run where there are any."""
+    from planner.either import predict_timeline
     from planner.report import report
     from planner.run import load_actions, load_dry_run, load_run
-    from planner.timing import predict_timeline
 
     run = load_run(run_file, "RUN") if run_file else None
     dry_run = load_dry_run(dry_run_file) if dry_run_file else None

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from planner.accuracy import step_interval
 from planner.compare import check_same_plan, compare
+from planner.either import AnyPlan
 from planner.paradigms import Paradigm, Paradigms
-from planner.plan import Plan, plan_hash
+from planner.plan import plan_hash
 from planner.published import Validation, ValidationRow
 from planner.report import figures, parts
 from planner.report.figures import ParadigmBar, Point, SweepPoint
@@ -23,7 +24,7 @@ __all__ = ["SweepPoint", "paradigms_report", "report", "sweep_report", "validati
 
 
 def report(
-    plan: Plan,
+    plan: AnyPlan,
     run: Run | None = None,
     dry_run: DryRun | None = None,
     *,
@@ -33,7 +34,7 @@ def report(
 ) -> str:
     """The page of a plan as HTML text: verdict, memory, pipeline, times, losses, comparison, runners-up, assumptions.
 
-    `simulated` is `planner.timing.predict_timeline`'s and `measured` is `planner.run.load_actions`', of global ranks.
+    `simulated` is `planner.either.predict_timeline`'s and `measured` is `planner.run.load_actions`', of global ranks.
     Raises InputError when the run or the dry run is not of this plan.
     """
     check_same_plan(plan, run, dry_run)

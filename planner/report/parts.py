@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from planner.accuracy import step_interval
+from planner.chain_plan import ChainPlan, recomputed
 from planner.compare import Comparison, Row
+from planner.either import AnyPlan
 from planner.estimate import capacity_bytes, fits
-from planner.plan import Decisions, Plan, has_embedding, has_head, recompute_counts, stage_blocks
+from planner.plan import Decisions, Plan, Stage, has_embedding, has_head, recompute_counts, stage_blocks
 from planner.report import figures
 from planner.report.figures import Lane, MemoryBar
 from planner.report.page import Section, bullets, paragraphs, table
 from planner.report.text import MISSING, percent, show_bytes, show_count, show_seconds, signed_percent
-from planner.run import DryRun, Run, RunRank
+from planner.run import DryRun, Run, RunRank, Summary
 from planner.timeline import Timeline, bubble_fraction, window
 
 MEASURED_WORDS = {"measured": "measured", "rehearsed": "rehearsed (computation replaced by its predicted time)"}
@@ -29,13 +31,34 @@ def degrees(decisions: Decisions) -> str:
     return " × ".join(words) + (f", ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "")
 
 
-def subtitle(plan: Plan) -> str:
+def subtitle(plan: AnyPlan) -> str:
     decisions, training = plan.decisions, plan.inputs.training
     schedule = f"{decisions.schedule}{f' with {decisions.num_virtual_stages} stages a rank' if decisions.num_virtual_stages > 1 else ''}"
     return (
         f"{degrees(decisions)}; {schedule}; global batch {training.global_batch_size} = {decisions.data_parallel} × {decisions.micro_batch_size} ×"
-        f" {decisions.num_microbatches} micro-batches of {training.sequence_length} tokens; {training.precision}"
+        f" {decisions.num_microbatches} micro-batches{'' if samples_alone(plan) else f' of {training.sequence_length} tokens'}; {training.precision}"
     )
+
+
+def samples_alone(plan: AnyPlan) -> bool:
+    """Whether a sample has no tokens to count: an image."""
+    return isinstance(plan, ChainPlan) and plan.inputs.training.sequence_length == 1
+
+
+def interval_of(plan: AnyPlan, seconds: float | None) -> tuple[float, float] | None:
+    """The interval of a predicted step; none for traced modules, since errors were measured for transformers only."""
+    return None if isinstance(plan, ChainPlan) else step_interval(seconds)
+
+
+def _throughput(plan: AnyPlan, measured: Summary | None, verb: str) -> tuple[str, str, str]:
+    time, batch = plan.predictions.time, plan.inputs.training.global_batch_size
+    if samples_alone(plan):
+        predicted = batch / time.step_seconds if time.step_seconds else None
+        return "Samples per second", show_count(predicted), f"{verb} {show_count(batch / measured.step_seconds)}" if measured else ""
+    duration = _duration(time.training_days, time.gpu_years)
+    return (
+        "Tokens per second", show_count(time.tokens_per_second), f"{verb} {show_count(measured.tokens_per_second)}" if measured else duration
+    )  # fmt: skip
 
 
 def show_interval(interval: tuple[float, float] | None) -> str:
@@ -43,7 +66,7 @@ def show_interval(interval: tuple[float, float] | None) -> str:
     return f"{show_seconds(interval[0])} to {show_seconds(interval[1])}" if interval else MISSING
 
 
-def headline(plan: Plan, run: Run | None) -> list[tuple[str, str, str]]:
+def headline(plan: AnyPlan, run: Run | None) -> list[tuple[str, str, str]]:
     """The tiles: (name, predicted value, what was measured or what else there is to say)."""
     time, memory = plan.predictions.time, plan.predictions.memory
     capacity = capacity_bytes(plan.inputs)
@@ -61,11 +84,7 @@ def headline(plan: Plan, run: Run | None) -> list[tuple[str, str, str]]:
         ("Step time", show_seconds(time.step_seconds), f"{verb} {show_seconds(measured.step_seconds)}" if measured else spread),
         ("Bubble", percent(time.bubble_fraction), f"{verb} {percent(measured.bubble_fraction)}" if measured else "of the pipeline phase"),
         ("MFU", percent(time.model_flops_utilization), "of the GPU's peak"),
-        (
-            "Tokens per second",
-            show_count(time.tokens_per_second),
-            f"{verb} {show_count(measured.tokens_per_second)}" if measured else _duration(time.training_days, time.gpu_years),
-        ),
+        _throughput(plan, measured, verb),
     ]
 
 
@@ -73,7 +92,7 @@ def _duration(days: float | None, years: float | None) -> str:
     return "" if days is None else f"{days:,.0f} days of training" + (f", {years:,.0f} GPU-years" if years else "")
 
 
-def verdict(plan: Plan, run: Run | None) -> Section:
+def verdict(plan: AnyPlan, run: Run | None) -> Section:
     predictions, capacity = plan.predictions, capacity_bytes(plan.inputs)
     heaviest = max(predictions.pipeline_ranks, key=lambda rank: rank.memory.total_bytes, default=None)
     need = predictions.memory.total_bytes
@@ -103,7 +122,7 @@ def verdict(plan: Plan, run: Run | None) -> Section:
     return Section("", body=paragraphs(texts), kind=kind)
 
 
-def memory(plan: Plan, run: Run | None, dry_run: DryRun | None) -> Section:
+def memory(plan: AnyPlan, run: Run | None, dry_run: DryRun | None) -> Section:
     """Memory by pipeline rank: predicted, the dry run's, and the heaviest measured rank's."""
     bars = [MemoryBar(f"rank {rank.pipeline_rank}", "predicted", rank.memory) for rank in plan.predictions.pipeline_ranks]
     sources = ["predicted (plain)"]
@@ -129,7 +148,7 @@ def _heaviest(run: Run) -> dict[int, RunRank]:
     return dict(sorted(found.items()))
 
 
-def pipeline(plan: Plan, run: Run | None, simulated: Timeline | None, measured: Timeline | None) -> Section | None:
+def pipeline(plan: AnyPlan, run: Run | None, simulated: Timeline | None, measured: Timeline | None) -> Section | None:
     """The schedule as a Gantt chart: predicted above measured on one axis."""
     lanes = []
     if simulated is not None and simulated.events:
@@ -170,14 +189,14 @@ def _from_zero(timeline: Timeline) -> Timeline:
     return Timeline(source=timeline.source, events=events)
 
 
-def step_time(plan: Plan) -> Section | None:
+def step_time(plan: AnyPlan) -> Section | None:
     breakdown = {name: value for name, value in plan.predictions.time.breakdown_seconds.items() if value > 0}
     if not breakdown:
         return None
     return Section("What a step is made of", caption="Predicted, on the slowest rank.", charts=(figures.breakdown_figure(breakdown),))
 
 
-def training(plan: Plan, run: Run | None) -> list[Section]:
+def training(plan: AnyPlan, run: Run | None) -> list[Section]:
     if run is None or not run.steps:
         return []
     steps, time = run.steps, plan.predictions.time
@@ -252,27 +271,43 @@ def _shown(quantity: str, value: float | None) -> str:
     return show_seconds(value) if quantity.endswith("_seconds") else show_count(value)
 
 
-def stages(plan: Plan) -> Section:
+def _stage_words(plan: AnyPlan, stage: Stage) -> tuple[str, str]:
+    """A stage's layers, and how many of them are recomputed."""
+    if isinstance(plan, ChainPlan):
+        first, last = stage.first_layer, stage.first_layer + stage.num_layers - 1
+        names = [plan.inputs.model.layers[index].name for index in (first, last)]
+        again = len(recomputed(stage))
+        words = ", ".join(f"{name} {count}" for name, count in (("full", again), ("none", stage.num_layers - again)) if count)
+        return f"{first}: {names[0]}" if first == last else f"{first}–{last}: {names[0]} to {names[1]}", words
+    return _block_words(plan, stage)
+
+
+def _block_words(plan: Plan, stage: Stage) -> tuple[str, str]:
+    blocks = stage_blocks(stage, plan.inputs.model)
+    layers = [
+        *(["embedding"] if has_embedding(stage) else []),
+        *([f"blocks {blocks[0]}–{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"] if blocks else []),
+        *(["head"] if has_head(stage, plan.inputs.model) else []),
+    ]
+    counts = recompute_counts(stage, len(blocks))
+    level = ", ".join(
+        f"{name} {count}" for name, count in (("full", counts.full), ("selective", counts.selective), ("none", counts.none)) if count
+    )
+    return " + ".join(layers), level
+
+
+def stages(plan: AnyPlan) -> Section:
     """Every stage with its layers and what is predicted for its rank."""
     ranks = {rank.pipeline_rank: rank for rank in plan.predictions.pipeline_ranks}
     rows = []
     for index, stage in enumerate(plan.decisions.stages):
-        blocks = stage_blocks(stage, plan.inputs.model)
-        layers = [
-            *(["embedding"] if has_embedding(stage) else []),
-            *([f"blocks {blocks[0]}–{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"] if blocks else []),
-            *(["head"] if has_head(stage, plan.inputs.model) else []),
-        ]
-        counts = recompute_counts(stage, len(blocks))
-        level = ", ".join(
-            f"{name} {count}" for name, count in (("full", counts.full), ("selective", counts.selective), ("none", counts.none)) if count
-        )
+        layers, level = _stage_words(plan, stage)
         rank = ranks.get(stage.pipeline_rank)
         rows.append(
             (
                 index,
                 stage.pipeline_rank,
-                " + ".join(layers),
+                layers,
                 stage.num_layers,
                 level or MISSING,
                 rank.num_in_flight if rank else None,
@@ -280,17 +315,19 @@ def stages(plan: Plan) -> Section:
                 show_bytes(rank.headroom_bytes) if rank and rank.headroom_bytes is not None else None,
             )
         )
-    columns = ("stage", "rank", "layers", "count", "recompute (blocks)", "in flight", "peak of its rank", "headroom")
+    unit = "layers" if isinstance(plan, ChainPlan) else "blocks"
+    columns = ("stage", "rank", "layers", "count", f"recompute ({unit})", "in flight", "peak of its rank", "headroom")
     return Section("Stages", caption="Peak, micro-batches in flight and headroom are of the pipeline rank.", body=table(columns, rows, left=(2, 4)))
 
 
-def runners_up(plan: Plan) -> Section | None:
+def runners_up(plan: AnyPlan) -> Section | None:
     """The plans that lost, and why."""
     solver = plan.solver
     if not solver.runners_up and not solver.reasons:
         return None
-    rows: list[Sequence[object]] = [_candidate(plan.decisions, plan.predictions.time.step_seconds, plan.predictions.memory.total_bytes, "chosen")]
-    rows += [_candidate(other.decisions, other.step_seconds, other.peak_bytes, other.why_not) for other in solver.runners_up]
+    chosen = plan.predictions
+    rows: list[Sequence[object]] = [_candidate(plan, plan.decisions, chosen.time.step_seconds, chosen.memory.total_bytes, "chosen")]
+    rows += [_candidate(plan, other.decisions, other.step_seconds, other.peak_bytes, other.why_not) for other in solver.runners_up]
     columns = ("degrees", "micro-batch", "schedule", "recompute", "step", "80 % interval", "heaviest GPU", "why not")
     gap = "" if solver.gap_fraction is None else f", proven within {solver.gap_fraction:.2%} of the best"
     caption = (
@@ -301,7 +338,9 @@ def runners_up(plan: Plan) -> Section | None:
     return Section("Why this plan, and why not the others", caption=caption, body=reasons + table(columns, rows, left=(0, 2, 3, 7)))
 
 
-def _candidate(decisions: Decisions, step_seconds: float | None, peak_bytes: float | None, why_not: str) -> Sequence[object]:
+def _candidate(
+    plan: AnyPlan, decisions: Decisions, step_seconds: float | None, peak_bytes: float | None, why_not: str
+) -> Sequence[object]:  # fmt: skip
     levels = {stage.recompute if isinstance(stage.recompute, str) else "by block" for stage in decisions.stages}
     schedule = f"{decisions.schedule}{f' × {decisions.num_virtual_stages}' if decisions.num_virtual_stages > 1 else ''}"
     return (
@@ -310,13 +349,13 @@ def _candidate(decisions: Decisions, step_seconds: float | None, peak_bytes: flo
         schedule,
         levels.pop() if len(levels) == 1 else "by stage" if levels else MISSING,
         show_seconds(step_seconds),
-        show_interval(step_interval(step_seconds)),
+        show_interval(interval_of(plan, step_seconds)),
         show_bytes(peak_bytes),
         why_not,
     )
 
 
-def assumptions(plan: Plan, run: Run | None, notes: Iterable[str]) -> Section:
+def assumptions(plan: AnyPlan, run: Run | None, notes: Iterable[str]) -> Section:
     """What the predictions stand on."""
     cluster, training = plan.inputs.cluster, plan.inputs.training
     efficiency, precision = cluster.efficiency, training.precision

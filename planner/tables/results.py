@@ -106,9 +106,11 @@ def _quantity(name: str, value: float | None) -> str:
     return count(value)
 
 
-def _predicted(row: Row) -> str:
-    """The predicted value, a step time with its interval."""
-    interval = f" ({between(step_interval(row.predicted))})" if row.quantity == "step_seconds" and row.predicted is not None else ""
+def _predicted(row: Row, with_interval: bool) -> str:
+    """The predicted value, a step time with its interval where there is one."""
+    interval = ""
+    if with_interval and row.quantity == "step_seconds" and row.predicted is not None:
+        interval = f" ({between(step_interval(row.predicted))})"
     return _quantity(row.quantity, row.predicted) + interval
 
 
@@ -126,11 +128,11 @@ def _error(row: Row) -> str:
     return "–" if row.error_fraction is None else f"{row.error_fraction:+.1%}"
 
 
-def comparison_view(document: Comparison, run: Run) -> list[RenderableType | str]:
+def comparison_view(document: Comparison, run: Run, *, with_interval: bool = True) -> list[RenderableType | str]:
     """Predicted, dry run and measured: the whole run first, then a row per rank, then the categories of the heaviest rank."""
     label = "rehearsed (compute replaced by its predicted time)" if document.rehearsed else "measured"
     whole = [
-        (_SHORT.get(row.quantity, row.quantity), _predicted(row), _quantity(row.quantity, row.dry_run),
+        (_SHORT.get(row.quantity, row.quantity), _predicted(row, with_interval), _quantity(row.quantity, row.dry_run),
          _quantity(row.quantity, row.measured), _error(row))
         for row in document.rows if row.rank is None
     ]  # fmt: skip

@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import InputError
 from planner.trace.layers import SAMPLES, traced_model
@@ -32,33 +32,52 @@ _HOW = (
 )
 
 
+class Built(NamedTuple):
+    """A module in training mode and in the training's type, with the inputs of one call: a tensor, a tuple, or a mapping of arguments."""
+
+    module: Any
+    example: Any
+
+
+def build_module(
+    build: Callable[[], Any], reference: str, precision: str, sequence_length: int | None = None, where: str = "--model", *, convert: bool = True
+) -> Built:
+    """Runs a callable that `find_callable` has found. Under a fake tensor mode nothing is allocated. Raises InputError when it fails or returns no
+    module, or a module without inputs."""
+    import torch
+
+    with _explained(reference, where, "its callable fails"):
+        module, example = _build(build, torch)
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(where, reference, _HOW)
+    example = _example(module, example, sequence_length, reference, where, torch)
+    with _explained(reference, where, f"the module fails in {precision}"):
+        if convert:
+            convert_module(module, precision)
+        module.train()
+    return Built(module, example)
+
+
 def trace_model(reference: str, precision: str, sequence_length: int | None = None, where: str = "--model") -> TracedModel:
     """The module that package.module:callable builds, as a chain of layers with what each needs.
 
     Runs the callable. Raises InputError when it can't be found, built or run on fake tensors.
     """
-    build = _callable(reference, where)
+    build = find_callable(reference, where)
     try:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError:
         raise InputError(where, reference, "tracing a module needs PyTorch: pip install torch") from None
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
-        with _explained(reference, where, "its callable fails"):
-            module, example = _build(build, torch)
-        if not isinstance(module, torch.nn.Module):
-            raise InputError(where, reference, _HOW)
-        example = _example(module, example, sequence_length, reference, where, torch)
+        module, example = build_module(build, reference, precision, sequence_length, where)
         with _explained(reference, where, f"the module fails in {precision}"):
-            _convert(module, dtype, torch)
-            module.train()
-            traces = [record(module, _batch(example, samples, dtype, torch), torch) for samples in SAMPLES]
+            traces = [record(module, example_batch(example, samples, precision), torch) for samples in SAMPLES]
     return traced_model(reference, precision, traces, where, sum(p.numel() for p in module.parameters()))
 
 
-def _callable(reference: str, where: str) -> Callable[[], Any]:
+def find_callable(reference: str, where: str = "--model") -> Callable[[], Any]:
     """The callable itself; its module is looked for beside what is installed in the current folder, as `python -m` does."""
     module_name, _, name = reference.partition(":")
     folder = os.getcwd()
@@ -120,12 +139,29 @@ def _example(module: Any, example: Any, sequence_length: int | None, reference: 
     raise InputError(where, reference, _HOW)
 
 
-def _batch(example: Any, samples: int, dtype: Any, torch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with `samples` in place of the first tensor's first dim, floats in the training's type."""
+class Arguments(NamedTuple):
+    """The example inputs as a call's arguments. Tensors whose first dim is `num_samples`, that of the first tensor, have a row per sample."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    num_samples: int | None
+
+
+def example_arguments(example: Any) -> Arguments:
+    import torch
+
     positional = () if isinstance(example, Mapping) else tuple(example) if isinstance(example, (tuple, list)) else (example,)
     named = dict(example) if isinstance(example, Mapping) else {}
     tensors = [value for value in (*positional, *named.values()) if isinstance(value, torch.Tensor) and value.dim()]
-    given = tensors[0].shape[0] if tensors else None
+    return Arguments(positional, named, tensors[0].shape[0] if tensors else None)
+
+
+def example_batch(example: Any, samples: int, precision: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of zeros, with `samples` rows where the example has one per sample, floats in the training's type."""
+    import torch
+
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    positional, named, given = example_arguments(example)
 
     def resized(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -137,8 +173,11 @@ def _batch(example: Any, samples: int, dtype: Any, torch: Any) -> tuple[tuple[An
     return tuple(resized(value) for value in positional), {name: resized(value) for name, value in named.items()}
 
 
-def _convert(module: Any, dtype: Any, torch: Any) -> None:
-    """Gives all floating-point parameters and buffers this type; tied ones stay tied. (`Module.to` can't swap fake ones.)"""
+def convert_module(module: Any, precision: str) -> None:
+    """Gives all floating-point parameters and buffers the training's type; tied ones stay tied. (`Module.to` can't swap fake ones.)"""
+    import torch
+
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     made: dict[int, Any] = {}
     for child in module.modules():
         for holder in (child._parameters, child._buffers):
@@ -146,8 +185,6 @@ def _convert(module: Any, dtype: Any, torch: Any) -> None:
                 if old is None or not old.is_floating_point() or old.dtype == dtype:
                     continue
                 if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=dtype)
+                    new = old.detach().to(dtype)
                     made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
                 holder[name] = made[id(old)]
-
-

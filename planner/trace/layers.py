@@ -13,6 +13,16 @@ from planner.graph import chain_of
 from planner.trace.record import Trace, Work
 from planner.traced import Affine, LayerCost, Operation, OperationKind, TracedLayer, TracedModel
 
+
+class Chain(NamedTuple):
+    """A trace's layers."""
+
+    members: list[list[int]]
+    """The traced nodes of each layer."""
+    boundary: list[int]
+    """The node whose value crosses from each layer to the next."""
+
+
 SAMPLES = (2, 4)
 """Batch sizes of the traces; BatchNorm refuses a single sample where an image has shrunk to a point."""
 
@@ -63,37 +73,56 @@ def trace_graph(trace: Trace) -> nx.DiGraph:
     return graph
 
 
+def chain_layers(trace: Trace) -> Chain:
+    """The layers that a pipeline can cut a traced module into."""
+    graph = trace_graph(trace)
+    groups = [[node for node in group if node != "output"] for group in chain_of(graph)]
+    groups = [group for group in groups if group]
+    members = [sorted(member for node in group for member in graph.nodes[node]["members"]) for group in groups]
+    boundary = [_boundary(graph, a, b) for a, b in itertools.pairwise(groups)]
+    return _with_parameters(trace, members, boundary)
+
+
 def traced_model(reference: str, precision: str, traces: Sequence[Trace], where: str, num_parameters: int) -> TracedModel:
     first, second = traces
     if [node.name for node in first.nodes] != [node.name for node in second.nodes]:
         allowed = f"it does other operations with {SAMPLES[1]} samples than with {SAMPLES[0]}; the first dim must be the batch"
         raise InputError(where, reference, allowed)
-    graph = trace_graph(first)
-    groups = [[node for node in group if node != "output"] for group in chain_of(graph)]
-    groups = [group for group in groups if group]
-    members = [sorted(member for node in group for member in graph.nodes[node]["members"]) for group in groups]
-    boundary = [_boundary(graph, a, b) for a, b in itertools.pairwise(groups)]
-    members, boundary = _with_parameters(first, members, boundary)
+    members, boundary = chain_layers(first)
     raw = [[_layer(trace, members, boundary, index) for index in range(len(members))] for trace in traces]
     costs: dict[LayerCost, int] = {}
-    layers, seen = [], set[int]()
-    for index, group in enumerate(members):
-        mine: dict[int, int] = {}
-        frozen: dict[int, int] = {}
-        for member in group:
-            mine |= first.nodes[member].parameters
-            frozen |= first.nodes[member].frozen
-        own = sum(count for key, count in mine.items() if key not in seen)
-        shared = sum(count for key, count in mine.items() if key in seen)
-        seen |= set(mine)
+    layers = []
+    for index, (group, held) in enumerate(zip(members, held_by_layers(first, members), strict=True)):
         try:
-            cost = _cost(raw[0][index], raw[1][index], own, shared, sum(frozen.values()))
+            cost = _cost(raw[0][index], raw[1][index], held)
         except ValueError:
             raise InputError(where, reference, "its operations change with the number of samples; the batch must be the first dim") from None
-        layers.append(TracedLayer(name=_name(first, group), cost=costs.setdefault(cost, len(costs))))
+        layers.append(TracedLayer(name=layer_name(first, group), cost=costs.setdefault(cost, len(costs))))
     return TracedModel(
         name=reference, precision=precision, num_parameters=num_parameters, num_layers=len(layers), layers=tuple(layers), costs=tuple(costs)
     )
+
+
+class Held(NamedTuple):
+    """What a layer holds: elements of the trained parameters that no earlier layer has, of those that one has, and bytes of what is not trained."""
+
+    own: int
+    shared: int
+    frozen_bytes: int
+
+
+def held_by_layers(trace: Trace, members: Sequence[Sequence[int]]) -> list[Held]:
+    found, seen = [], set[int]()
+    for group in members:
+        mine: dict[int, int] = {}
+        frozen: dict[int, int] = {}
+        for member in group:
+            mine |= trace.nodes[member].parameters
+            frozen |= trace.nodes[member].frozen
+        own = sum(count for key, count in mine.items() if key not in seen)
+        found.append(Held(own, sum(mine.values()) - own, sum(frozen.values())))
+        seen |= set(mine)
+    return found
 
 
 def _boundary(graph: nx.DiGraph, before: list[Any], after: list[Any]) -> int:
@@ -102,7 +131,7 @@ def _boundary(graph: nx.DiGraph, before: list[Any], after: list[Any]) -> int:
     return next(int(node) for node in before if any(target in later for target in graph.successors(node)))
 
 
-def _with_parameters(trace: Trace, members: list[list[int]], boundary: list[int]) -> tuple[list[list[int]], list[int]]:
+def _with_parameters(trace: Trace, members: list[list[int]], boundary: list[int]) -> Chain:
     """Parts without parameters (activations, pooling) join the part before them: a cut lies before a layer with parameters."""
     groups, edges = [list(members[0])], list[int]()
     for group, edge in zip(members[1:], boundary, strict=True):
@@ -112,10 +141,10 @@ def _with_parameters(trace: Trace, members: list[list[int]], boundary: list[int]
             edges.append(edge)
         else:
             groups[-1] += group
-    return groups, edges
+    return Chain(groups, edges)
 
 
-def _name(trace: Trace, group: Sequence[int]) -> str:
+def layer_name(trace: Trace, group: Sequence[int]) -> str:
     """The module that all layers with parameters of a part lie in, or the first to the last of them."""
     names = [trace.nodes[index].name for index in group if trace.nodes[index].parameters] or [trace.nodes[group[0]].name]
     paths = [name.split(".") for name in names]
@@ -193,11 +222,11 @@ def _operations(low: Sequence[Work], high: Sequence[Work]) -> tuple[Operation, .
     return tuple(Operation(kind=kind, num_calls=count, flops=flops, moved_bytes=moved) for (kind, flops, moved), count in found.items())
 
 
-def _cost(low: _Layer, high: _Layer, own: int, shared: int, frozen: int) -> LayerCost:
+def _cost(low: _Layer, high: _Layer, held: Held) -> LayerCost:
     return LayerCost(
-        num_parameters=own,
-        num_shared_parameters=shared,
-        frozen_bytes=frozen,
+        num_parameters=held.own,
+        num_shared_parameters=held.shared,
+        frozen_bytes=held.frozen_bytes,
         forward=_operations(low.forward, high.forward),
         backward=_operations(low.backward, high.backward),
         saved_bytes=_affine(low.saved, high.saved),

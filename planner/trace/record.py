@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from planner.traced import OperationKind
 
@@ -51,7 +51,22 @@ class Trace:
     """Nodes whose values the module returns."""
 
 
-def _storage(tensor: Any) -> int:
+class Replay(Protocol):
+    """A module's operations run by other means than the module itself, in the module's order."""
+
+    parameters: list[Any]
+    buffers: list[Any]
+
+    def run(self, place: Callable[[str, str | None], None]) -> Any:
+        """Does all operations and returns what the module does. `place(path, call)` is called before the operations of the module at `path`;
+        `call` names its call where it has no children."""
+
+    def saw(self, node: int) -> None:
+        """Called after each operation with the index of its node."""
+
+
+def storage_of(tensor: Any) -> int:
+    """What tells the storages of a trace apart."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -59,15 +74,17 @@ def _size(tensor: Any) -> int:
     return int(tensor.numel()) * int(tensor.element_size())
 
 
-def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: Any) -> Trace:
-    """One forward and backward pass under a dispatch mode that writes down every operation."""
+def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: Any, replay: Replay | None = None) -> Trace:
+    """One forward and backward pass under a dispatch mode that writes down every operation; of `replay` where one is given, not of `module`."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
 
     nodes: list[Node] = []
-    trained = {_storage(p): int(p.numel()) for p in module.parameters() if p.requires_grad}
-    fixed = {_storage(t): _size(t) for t in (*module.parameters(), *module.buffers())}
+    parameters = list(module.parameters()) if replay is None else replay.parameters
+    buffers = list(module.buffers()) if replay is None else replay.buffers
+    trained = {storage_of(p): int(p.numel()) for p in parameters if p.requires_grad}
+    fixed = {storage_of(t): _size(t) for t in (*parameters, *buffers)}
     written: dict[int, int] = {}
     made_by: dict[int, int] = {}
     readers: dict[int, set[int]] = {}
@@ -97,14 +114,16 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
     def forward(func: Any, args: Any, kwargs: Any, out: Any) -> None:
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         wrote = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        known = {_storage(t) for t in read}
-        if not wrote or (not func._schema.is_mutable and all(_storage(t) in known for t in wrote)):
+        known = {storage_of(t) for t in read}
+        if not wrote or (not func._schema.is_mutable and all(storage_of(t) in known for t in wrote)):
             return  # a view
         index = current(func._overloadpacket.__name__)
+        if replay is not None:
+            replay.saw(index)
         node = nodes[index]
         node_of.setdefault(torch.autograd._get_sequence_nr() - 1, index)
         for tensor in read:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             readers.setdefault(key, set()).add(index)
             if key in trained:
                 node.parameters[key] = trained[key]
@@ -116,9 +135,9 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
             node.trained = node.trained or key in learned
         moved = 0.0 if not read and func._overloadpacket.__name__ == "empty" else float(sum(map(_size, (*read, *wrote))))
         node.forward.append(work(func, args, kwargs, out, moved))
-        node.forward_transient = max(node.forward_transient, float(sum(_size(t) for t in wrote if _storage(t) not in fixed)))
+        node.forward_transient = max(node.forward_transient, float(sum(_size(t) for t in wrote if storage_of(t) not in fixed)))
         for tensor in wrote:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if key in fixed:
                 continue
             alive.append(tensor)
@@ -134,8 +153,8 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
             return
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         wrote = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        known = {_storage(t) for t in read}
-        if not wrote or all(_storage(t) in known for t in wrote):
+        known = {storage_of(t) for t in read}
+        if not wrote or all(storage_of(t) in known for t in wrote):
             return
         alive.extend(wrote)
         index = node_of.get(running._sequence_nr(), state["last"])
@@ -144,7 +163,7 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
         state["last"] = index
         node = nodes[index]
         node.backward.append(work(func, args, kwargs, out, float(sum(map(_size, (*read, *wrote))))))
-        grads = [t for t in read if _storage(t) not in fixed and _storage(t) not in saved]
+        grads = [t for t in read if storage_of(t) not in fixed and storage_of(t) not in saved]
         node.backward_transient = max(node.backward_transient, float(sum(map(_size, (*grads, *wrote)))))
 
     class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -156,7 +175,7 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
 
     def keep(tensor: Any) -> Any:
         """Called before or after the operation itself, so that its node is looked up at the end."""
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if key not in fixed:
             alive.append(tensor)
             kept.append((key, int(tensor.untyped_storage().nbytes()), torch.autograd._get_sequence_nr() - 1))
@@ -172,28 +191,36 @@ def record(module: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], torch: A
 
         return hook
 
+    def place(path: str, call: str | None) -> None:
+        if call is not None and call not in calls:
+            nodes.append(Node(path))
+            calls[call] = len(nodes) - 1
+        stack[:] = [(path, None if call is None else calls[call])]
+
+    calls: dict[str, int] = {}
     handles = []
-    for name, child in module.named_modules():
+    for name, child in module.named_modules() if replay is None else ():
         leaf = bool(name) and not list(child.children())
         handles.append(child.register_forward_pre_hook(enter(name, leaf), prepend=True))
         handles.append(child.register_forward_hook(lambda *_: stack.pop() and None))
     try:
         with Recorder(), torch.enable_grad():  # type: ignore[no-untyped-call]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                result = module(*inputs[0], **inputs[1])
+                result = module(*inputs[0], **inputs[1]) if replay is None else replay.run(place)
             for key, size, number in kept:
                 if number in node_of:
                     saved.setdefault(key, (size, {}))[1][node_of[number]] = None
             leaves = [t for t in _tensors(result, torch) if t.requires_grad]
             if not leaves:
                 raise ValueError("the module returns no tensor that depends on a trained parameter")
-            outputs = {written[_storage(t)]: None for t in leaves if _storage(t) in written}
+            outputs = {written[storage_of(t)]: None for t in leaves if storage_of(t) in written}
             state["backward"] = True
             torch.autograd.backward([t.float().sum() for t in leaves])
     finally:
         for handle in handles:
             handle.remove()
-        module.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
     return Trace(nodes, saved, made_by, readers, outputs)
 
 

@@ -1,0 +1,117 @@
+"""Small modules of all kinds for the tests of running them, and plans of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+from examples import cnn
+from planner.chain_costs import ChainCosts, predict
+from planner.chain_plan import ChainInputs, ChainPlan, chain_stage, check_chain
+from planner.cluster import load_cluster
+from planner.plan import Decisions, SolverReport, Training, digest
+from planner.trace import trace_model
+
+
+def residual():
+    """A small residual network with batch norms."""
+    return cnn.resnet(8, (1, 1, 1), 8, 4)
+
+
+def wider():
+    """The same chain of layers with other sizes."""
+    return cnn.resnet(12, (1, 1, 1), 8, 4)
+
+
+def small_image():
+    return cnn.resnet(4, (1, 1), 8, 2)
+
+
+def large_image():
+    return cnn.resnet(4, (1, 1), 16, 2)
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4)
+
+
+class Branching(nn.Sequential):
+    """Asks what a number is, which an exported graph can't."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if x.sum().item() > 0 else 1)
+
+
+def unexportable():
+    return Branching(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4)
+
+
+class Noisy(nn.Module):
+    """Both layers add the same noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.example_inputs = torch.zeros(2, 4)
+
+    def forward(self, x):
+        noise = torch.rand(4)
+        return self.second(self.first(x) + noise) + noise
+
+
+class Awkward(nn.Module):
+    """What is hard to cut: an LSTM, a table that three layers share, a mask and positions that every layer reads, truth values and labels as inputs,
+    a frozen parameter, a constant made in the forward pass, and a change in place right behind a cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(24, 8)
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.frozen = nn.Parameter(torch.linspace(0.5, 1.5, 8), requires_grad=False)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+        self.example_inputs = {
+            "ids": torch.zeros(2, 6, dtype=torch.long),
+            "keep": torch.tensor([[True, True, True, True, False, True]]).repeat(2, 1),
+            "label": torch.zeros(2, dtype=torch.long),
+        }
+
+    def forward(self, ids, keep, label):
+        positions = torch.arange(ids.shape[1]) * torch.tensor(0.1)
+        positions[0] = 1.0
+        mask = keep[..., None].float()
+        x = self.table(ids) + positions[:, None]
+        x = self.rnn(x)[0] * mask
+        x = x + self.first(torch.relu_(x)) * self.frozen
+        x = x + self.second(x + nn.functional.embedding(ids, self.table.weight)) * mask
+        x = self.norm(x + positions[:, None]) @ self.table.weight.T @ self.table.weight
+        logits = self.head(x.mean(1))
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, label)}
+
+
+def module_plan(
+    reference, *, length=None, dp=1, pp=1, micro=2, m=2, cuts=(), again=(), schedule="1F1B", zero=0, precision="fp32", order=("tp", "dp", "pp"),
+    optimizer="adam",
+):  # fmt: skip
+    """A checked plan of a module: `cuts` are first layers of the stages but the first, `again` the layers that are recomputed."""
+    model = trace_model(reference, precision, length)
+    training = Training(global_batch_size=dp * micro * m, sequence_length=length or 1, precision=precision, optimizer=optimizer)
+    inputs = ChainInputs(model=model, cluster=load_cluster(f"cpu:{dp * pp}"), training=training)
+    edges = (0, *(cuts or [round(index * model.num_layers / pp) for index in range(1, pp)]), model.num_layers)
+    stages = tuple(
+        chain_stage(first, last - first, frozenset(again) & frozenset(range(first, last)), rank)
+        for rank, (first, last) in enumerate(itertools.pairwise(edges))
+    )
+    decisions = Decisions(
+        data_parallel=dp, tensor_parallel=1, pipeline_parallel=pp, zero_stage=zero, micro_batch_size=micro, num_microbatches=m,
+        schedule=schedule, rank_order=order, stages=stages,
+    )  # fmt: skip
+    check_chain(inputs, decisions)
+    solver = SolverReport(
+        name="none", status="given", objective_seconds=None, bound_seconds=None, gap_fraction=None, num_candidates=1, num_pruned=0, wall_seconds=0.0
+    )
+    predictions = predict(ChainCosts(inputs), decisions)
+    return ChainPlan(inputs=inputs, inputs_hash=digest(inputs), decisions=decisions, predictions=predictions, solver=solver)
