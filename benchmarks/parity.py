@@ -131,6 +131,8 @@ COMBINATIONS: list[dict[str, Any]] = [
     combination("gemma2", attention="unfused", tp=2, fast=True),
     combination("gemma2", attention="unfused", dp=2, tp=2, zero=3, sp=True, recompute="selective"),
     combination("gemma2", attention="unfused", dp=2, pp=2, schedule="1F1B", zero=1, recompute="full"),
+    combination("reglu", tp=2, sp=True, recompute="selective"),
+    combination("reglu", pp=2, schedule="ZBVZeroBubble", v=2),
     # two axes
     combination(dp=2, tp=2, zero=1, sp=True, fast=True),
     combination("llama", dp=2, tp=2, zero=2),
@@ -164,6 +166,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("tiny-gpt", {}),
     "llama": ("tiny-llama", {}),
     "qwen3": ("tiny-llama", {"qk_norm": True, "family": "qwen3"}),
+    "reglu": ("tiny-llama", {"activation": "relu", "mlp_bias": True}),
     "gemma": (
         "tiny-llama",
         {"activation": "gelu", "tied_embeddings": True, "num_norms_per_layer": 4, "embedding_scaled": True, "head_softcap": 1.0,

@@ -194,7 +194,7 @@ def activation_backward(tape: Tape, s: Shape) -> None:
     """Leaves the gradient of the first linear's output; that of the second's input is the caller's."""
     tape.take(s.up)
     if s.gated:
-        with tape.during(s.inner), tape.during(s.inner):
+        with tape.during(s.inner), tape.during(s.inner // s.e if s.relu else 0), tape.during(s.inner):
             pass
     elif s.relu:
         with tape.during(s.up // s.e):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 from planner.memory import predict_memory
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
+import torch.nn.functional as F  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import parity  # noqa: E402
 
 from executor.attention import alibi_slopes, make_alibi, make_window  # noqa: E402
 from executor.dry_run import dry_run_plan  # noqa: E402
+from executor.functions import State, activation_backward, activation_forward  # noqa: E402
 from executor.huggingface import global_names  # noqa: E402
+from executor.mesh import Axis  # noqa: E402
 from executor.units import Piece  # noqa: E402
 
 FAMILIES = sorted(set(parity.FAMILIES) - {"gpt", "llama"})
@@ -72,3 +77,17 @@ def test_only_blocks_whose_window_is_shorter_than_the_sequence_have_a_mask() -> 
     model = parity.model_of("gemma")
     assert [model.window_of(block, 16) for block in range(4)] == [6, None, 6, None]
     assert model.window_of(0, 6) is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "silu", "relu"])
+def test_activation_gradients_are_those_of_autograd(activation: str, gated: bool) -> None:
+    state = State(tp=Axis("tp", (0,), 0), sequence_parallel=False, norm="rmsnorm", epsilon=1e-5, activation=activation, gated=gated)
+    torch.manual_seed(0)
+    u = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    act = {"gelu": partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "silu": F.silu, "relu": F.relu}[activation]
+    a = act(u[:, :4]) * u[:, 4:] if gated else act(u)
+    assert torch.allclose(activation_forward(state, u.detach()), a)
+    da = torch.randn_like(a)
+    (expected,) = torch.autograd.grad(a, u, da)
+    assert torch.allclose(activation_backward(state, da, u.detach()), expected, atol=1e-12)

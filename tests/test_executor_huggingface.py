@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the comparison needs 
 
 from safetensors.torch import save_file  # noqa: E402
 
-from executor.hf_names import architecture_of, hf_config  # noqa: E402
+from executor.hf_names import architecture_of, hf_config, place_of  # noqa: E402
 from executor.huggingface import to_huggingface  # noqa: E402
 from executor.mesh import make_mesh  # noqa: E402
 from executor.train import RunOptions, Trainer  # noqa: E402
@@ -134,6 +134,30 @@ def test_logits_equal_those_of_transformers(pair: tuple[Any, Trainer, Path]) -> 
     found = ours.logits(tokens.reshape(-1)).view(2, LENGTH, -1)
     assert expected.std() > 0.5
     assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_gradients_equal_those_of_transformers(pair: tuple[Any, Trainer, Path], split: bool) -> None:
+    theirs, ours, _ = pair
+    # token 0 is padding for Gemma, whose row transformers gives no gradient
+    tokens, targets = torch.randint(1, 131, (2, 2, LENGTH), generator=torch.Generator().manual_seed(3))
+    torch.nn.functional.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).backward()
+    ours.compute.tokens, ours.compute.targets = tokens.view(1, -1), targets.view(1, -1)
+    ours.compute.forward(0, 0, None)
+    ours.compute.backward(0, 0, None, split)
+    if split:
+        ours.compute.weights(0, 0)
+    model = ours.plan.inputs.model
+    architecture, values = architecture_of(model), {}
+    for unit in ours.units:
+        for piece, offset in unit.layout.pieces():
+            gradient = unit.grads[offset : offset + piece.numel].view(piece.shape)
+            values[piece.name] = gradient + place_of(architecture, piece.name).offset
+    found, expected = to_huggingface(model, lambda piece: values[piece.name]), dict(theirs.named_parameters())
+    assert set(found) == set(expected)
+    for name, gradient in found.items():
+        wanted = expected[name].grad
+        assert (gradient - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-6, name
 
 
 def test_exported_weights_are_the_loaded_ones_and_load_into_transformers(pair: tuple[Any, Trainer, Path], tmp_path: Path) -> None:
