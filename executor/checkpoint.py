@@ -2,7 +2,8 @@
 
 `torch.distributed.checkpoint` stores rectangles of global tensors and reads any other rectangles back. A rank's shard of a flat
 buffer is a run of elements of each piece, which is at most three rectangles. Stored are, by global
-parameter name, the weights in the optimizer's precision (`model.*`) and its moments (`first.*`, `second.*`).
+parameter name, the weights in the optimizer's precision (`model.*`) and its moments (`first.*`, `second.*`); of a traced module also its
+buffers (`buffer.*`), those of the first data-parallel rank.
 
 A checkpoint `step-N` is written as `step-N.partial` and renamed when every rank's part is there. Beside the tensors lies `training.json`
 (step, seed, model), from which the data's position follows, since data depend on seed and step alone.
@@ -28,12 +29,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from executor.optimizer import UnitOptimizer
-from executor.train import Trainer
+from executor.rank import RankTrainer
 from executor.units import Piece
 from planner.documents import Document, dumps, load, write_text
 from planner.errors import InputError
 from planner.model import ModelSpec
 from planner.plan import plan_hash
+from planner.traced import TracedModel
 
 SCHEMA = "meshwright.checkpoint/1"
 
@@ -46,7 +48,13 @@ class TrainingState(Document, frozen=True, kw_only=True):
     """Steps done."""
     seed: int
     plan_hash: str
-    model: ModelSpec
+    model: ModelSpec | None = None
+    traced: TracedModel | None = None
+    """The module, where it is not a transformer of ours."""
+
+    @property
+    def trained(self) -> ModelSpec | TracedModel | None:
+        return self.model or self.traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,15 @@ def chunks(optimizer: UnitOptimizer, *, owned_only: bool) -> Iterator[Chunk]:
             offset += piece.numel
 
 
+def all_chunks(trainer: RankTrainer, *, owned_only: bool) -> list[Chunk]:
+    """All that a rank stores or, without `owned_only`, reads."""
+    found = [chunk for optimizer in trainer.optimizers for chunk in chunks(optimizer, owned_only=owned_only)]
+    if not (owned_only and trainer.mesh.dp.index):
+        for name, tensor in trainer.buffers.items():
+            found.append(Chunk(f"buffer.{name}", (0,), (tensor.numel(),), tensor.view(-1)))
+    return found
+
+
 class _Save(DefaultSavePlanner):
     """Stores chunks. Their tensors come through the state dict, which an asynchronous save has copied."""
 
@@ -161,7 +178,7 @@ class _Load(DefaultLoadPlanner):
 class Checkpointer:
     """Saves a trainer's state to `folder`, one checkpoint at a time."""
 
-    def __init__(self, trainer: Trainer, folder: str, *, keep: int = 0) -> None:
+    def __init__(self, trainer: RankTrainer, folder: str, *, keep: int = 0) -> None:
         self.trainer = trainer
         self.folder = Path(folder)
         self.keep = keep
@@ -180,7 +197,7 @@ class Checkpointer:
             partial.mkdir(parents=True)
         if self._group is not None:
             dist.barrier(self._group)
-        parts = [chunk for optimizer in trainer.optimizers for chunk in chunks(optimizer, owned_only=True)]
+        parts = all_chunks(trainer, owned_only=True)
         state = {chunk.key: chunk.tensor for chunk in parts}
         writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
         future = dcp.async_save(state, storage_writer=writer, planner=_Save(parts), process_group=self._group)
@@ -209,7 +226,14 @@ class Checkpointer:
     def _commit(self, step: int) -> None:
         partial, final = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
         trainer = self.trainer
-        state = TrainingState(step=step, seed=trainer.options.seed, plan_hash=plan_hash(trainer.plan), model=trainer.plan.inputs.model)
+        model = trainer.plan.inputs.model
+        state = TrainingState(
+            step=step,
+            seed=trainer.options.seed,
+            plan_hash=plan_hash(trainer.plan),
+            model=None if isinstance(model, TracedModel) else model,
+            traced=model if isinstance(model, TracedModel) else None,
+        )
         write_text(partial / "training.json", dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -255,15 +279,16 @@ def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, to
     return {chunk.name: chunk.tensor for chunk in parts}
 
 
-def resume(trainer: Trainer, path: str) -> int:
+def resume(trainer: RankTrainer, path: str) -> int:
     """Loads a checkpoint, written under this plan or another one of the same model. Returns the steps done."""
     folder = find_checkpoint(path)
     state = load(folder / "training.json", TrainingState, SCHEMA, "--resume")
-    if state.model != trainer.plan.inputs.model:
-        raise InputError("--resume", path, f"a checkpoint of {trainer.plan.inputs.model.name} is expected, not of {state.model.name}")
+    model = trainer.plan.inputs.model
+    if state.trained != model:
+        raise InputError("--resume", path, f"a checkpoint of {model.name} is expected, not of {state.trained.name if state.trained else 'nothing'}")
     if state.seed != trainer.options.seed:
         raise InputError("--seed", trainer.options.seed, f"the checkpoint's run has seed {state.seed}, on which its data depend")
-    parts = [chunk for optimizer in trainer.optimizers for chunk in chunks(optimizer, owned_only=False)]
+    parts = all_chunks(trainer, owned_only=False)
     _read(parts, folder)
     for optimizer in trainer.optimizers:
         optimizer.num_steps.fill_(state.step)

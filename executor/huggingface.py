@@ -112,6 +112,8 @@ def export(checkpoint: str, folder: str) -> None:
 
     path = find_checkpoint(checkpoint, "CHECKPOINT")
     model = load(path / "training.json", TrainingState, SCHEMA, "CHECKPOINT").model
+    if model is None:
+        raise InputError("CHECKPOINT", path, "a checkpoint of a transformer is expected, not of a traced module")
     architecture_of(model, f"{path}: model")
     tensors = read_whole(path, {f"model.{piece.name}": piece.shape for piece in global_names(model)})
     target = Path(folder)

@@ -87,9 +87,11 @@ def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise InputError("--output", options.output, "a file in an existing folder is expected")
     check_tensorboard(options.tensorboard)
+    if options.resume:
+        find_checkpoint(options.resume)
     trainer, data = module_start(plan, options, device) if isinstance(plan, ChainPlan) else transformer_start(plan, options, device)
     mesh, rank, training = trainer.mesh, trainer.mesh.rank, plan.inputs.training
-    first = start_or_go_on(trainer, options) if isinstance(trainer, Trainer) else 0
+    first = start_or_go_on(trainer, options)
     last_step = first + options.steps
     num_tokens = training.global_batch_size * training.sequence_length
     unit = "samples" if isinstance(plan, ChainPlan) and training.sequence_length == 1 else "tokens"
@@ -101,9 +103,7 @@ def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
             line = progress_line(figures.step, last_step, figures.loss, figures.seconds, num_tokens, figures.gradient_norm, unit)
             stderr_progress(line)
 
-    checkpointer = None
-    if options.checkpoint_every and isinstance(trainer, Trainer):
-        checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints)
+    checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
 
     def after_step() -> None:
         if checkpointer is not None:
@@ -141,8 +141,6 @@ def transformer_start(plan: Plan, options: argparse.Namespace, device: torch.dev
     training, decisions, model = plan.inputs.training, plan.decisions, plan.inputs.model
     check_model(model, decisions.tensor_parallel, options.plan)
     data = Data(open_tokens(options.data, model.vocab_size), model.vocab_size, training.sequence_length, training.global_batch_size, options.seed)
-    if options.resume:
-        find_checkpoint(options.resume)
     rank = start_process_group(plan, device, options.timeout)
     copies = max(1, decisions.tensor_parallel // model.num_key_value_heads)
     mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
@@ -159,7 +157,7 @@ def module_start(plan: ChainPlan, options: argparse.Namespace, device: torch.dev
     return trainer, prepared.data
 
 
-def start_or_go_on(trainer: Trainer, options: argparse.Namespace) -> int:
+def start_or_go_on(trainer: RankTrainer, options: argparse.Namespace) -> int:
     """Brings the trainer to where it begins: the start, `--resume`, or the last checkpoint of the attempt before. Returns the steps that were done
     when the run first began."""
     folder = Path(options.checkpoint_folder)

@@ -63,7 +63,7 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     return options
 
 
-MODULE_HAS_NOT = ("data", "dropout", "checkpoint_every", "resume", "load", "compile")
+MODULE_HAS_NOT = ("data", "dropout", "load", "compile")
 """Options that a traced module's run does not have."""
 
 

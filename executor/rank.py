@@ -16,7 +16,8 @@ from executor.mesh import Axis, Mesh
 from executor.optimizer import OptimizerOptions, UnitOptimizer, squared_norm
 from executor.pipeline import Compute, Message, Pipeline
 from executor.units import Unit
-from planner.plan import Decisions, Training, stage_ranks
+from planner.chain_plan import ChainPlan
+from planner.plan import Decisions, Plan, Training, stage_ranks
 from planner.schedule import IN_TURN_SCHEDULES, plan_actions
 
 _BUFFER_KINDS = frozenset({"REDUCE", "OPTIMIZER"})
@@ -67,7 +68,9 @@ class StepResult:
 class RankTrainer(ABC):
     """One rank of a plan. A subclass makes its units and what they compute."""
 
+    plan: Plan | ChainPlan
     compute: Compute
+    pipeline: Pipeline
 
     def __init__(self, decisions: Decisions, training: Training, mesh: Mesh, options: RunOptions, device: torch.device) -> None:
         self.decisions, self.training = decisions, training
@@ -77,6 +80,8 @@ class RankTrainer(ABC):
         self.optimizers: list[UnitOptimizer] = []
         self.shared_units: list[tuple[Unit, Axis]] = []
         """Units that other pipeline ranks hold too, with those ranks: their gradients are added up."""
+        self.buffers: dict[str, torch.Tensor] = {}
+        """What a forward pass changes beside the units, by name: a checkpoint holds it too."""
         self.step_index = 0
         self._result: StepResult | None = None
         self.tracker: StorageTracker | None = None
@@ -90,7 +95,7 @@ class RankTrainer(ABC):
         """This rank's part of the global batch's mean loss; None where it has none."""
 
     @abstractmethod
-    def _buffers(self) -> Iterable[torch.Tensor]:
+    def _held(self) -> Iterable[torch.Tensor]:
         """What it holds beside its units."""
 
     def _hold(self, units: Iterable[Unit]) -> None:
@@ -125,8 +130,6 @@ class RankTrainer(ABC):
         self.step_index += 1
         assert self._result is not None
         return self._result
-
-    pipeline: Pipeline
 
     def _optimizer_step(self) -> None:
         for unit, axis in self.shared_units:
@@ -168,7 +171,7 @@ class RankTrainer(ABC):
             tracker.add(unit.grads if unit.grads is not None else unit.grad_shard, "gradients")
             count_all(tracker, (*optimizer.tensors.values(), optimizer.num_steps), "optimizer")
             unit.on_allocate = tracker.add
-        count_all(tracker, self._buffers(), "buffers")
+        count_all(tracker, self._held(), "buffers")
         tracker.reset()
         self.tracker = tracker
         return tracker

@@ -45,7 +45,7 @@ def prepare(plan: ChainPlan, reference: str, seed: int) -> Prepared:
     tensors = (*built.module.named_parameters(), *built.module.named_buffers(), *cut.constants.items())
     fixed = {name: value.detach() for name, value in tensors if name not in trained}
     data = ExampleData(built.example, compute_dtype(training.precision), cut.highest, seed)
-    return Prepared(cut, ModuleState(trained, fixed), data)
+    return Prepared(cut, ModuleState(trained, fixed, frozenset(name for name, _ in built.module.named_buffers())), data)
 
 
 def _cut(plan: ChainPlan, built: Built, reference: str) -> Cut:

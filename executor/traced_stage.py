@@ -27,11 +27,8 @@ class ModuleState:
 
     trained: dict[str, torch.Tensor]
     fixed: dict[str, torch.Tensor]
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by their first name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    buffers: frozenset[str]
+    """Which of `fixed` a forward pass may change."""
 
 
 def stage_parameters(cut: Cut, stages: Iterable[Stage]) -> list[dict[str, int]]:

@@ -19,6 +19,7 @@ from planner.chain_plan import ChainPlan
 class ModuleTrainer(RankTrainer):
     """The stage of this rank, cut out of the user's module."""
 
+    plan: ChainPlan
     compute: ModuleCompute
 
     def __init__(self, plan: ChainPlan, cut: Cut, state: ModuleState, mesh: Mesh, options: RunOptions, device: torch.device) -> None:
@@ -36,6 +37,7 @@ class ModuleTrainer(RankTrainer):
         parameters = {name: _parameter(unit.w[name], unit.gradient(name)) for unit in self.units for name in unit.keys}
         names = {name for segment in cut.stages[place] for name in segment.state.values()} - set(parameters)
         self.fixed = {name: state.fixed[name].to(device, copy=True) for name in sorted(names)}
+        self.buffers = {name: value for name, value in self.fixed.items() if name in state.buffers}
         self.pipeline = self._make_pipeline(cut.messages)
         self.compute = ModuleCompute(
             [RunningSegment(segment, parameters, self.fixed, device) for segment in cut.stages[place]],
@@ -67,7 +69,7 @@ class ModuleTrainer(RankTrainer):
     def _loss(self) -> torch.Tensor | None:
         return self.compute.loss
 
-    def _buffers(self) -> Iterable[torch.Tensor]:
+    def _held(self) -> Iterable[torch.Tensor]:
         return [*self.fixed.values(), *(value for value in self.compute.fixed.values() if isinstance(value, torch.Tensor))]
 
 

@@ -29,6 +29,7 @@ __all__ = ["RunOptions", "StepFigures", "Trainer", "learning_rate", "progress_li
 class Trainer(RankTrainer):
     """One rank of a transformer's plan."""
 
+    plan: Plan
     compute: StageCompute
 
     def __init__(
@@ -134,7 +135,7 @@ class Trainer(RankTrainer):
         loss = self.state.loss_sum
         return None if loss is None or self.mesh.tp.index else loss * self.state.loss_scale
 
-    def _buffers(self) -> Iterable[torch.Tensor]:
+    def _held(self) -> Iterable[torch.Tensor]:
         held = (self.compute.tokens, self.compute.targets, *(tensor for stage in self.stages.values() for tensor in stage.constants))
         return [tensor for tensor in held if tensor is not None]
 

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the executor needs torch")
 
+from executor.checkpoint import read_whole
 from executor.processes import run_ranks
 from executor.start import main as start
 from planner.documents import dumps, write_text
@@ -87,6 +88,31 @@ def test_16_bit_training_keeps_16_bytes_a_parameter(tmp_path):
     assert plan.inputs.model.precision == "mixed-bf16"
 
 
+def test_a_checkpoint_goes_on_under_another_plan(tmp_path):
+    """Three steps of dp 2 with ZeRO-1 and then two of pp 2 are five steps of either; batch norms' statistics are carried over."""
+    first, second = module_plan(RESIDUAL, dp=2, micro=4, m=1, zero=1), module_plan(RESIDUAL, pp=2, micro=4, m=2, again=(4,))
+    for name, plan in (("first", first), ("second", second)):
+        write_text(tmp_path / f"{name}.json", dumps(plan))
+    found = []
+    for name, steps, more in (
+        ("second", 5, ()), ("first", 3, ("--checkpoint-every", "3")), ("second", 2, ("--resume", "checkpoints", "--checkpoint-every", "5")),
+    ):  # fmt: skip
+        run = tmp_path / "run.json"
+        done = command(
+            "run", str(tmp_path / f"{name}.json"), "--model", RESIDUAL, "--steps", str(steps), "-o", str(run),
+            "--checkpoint-folder", str(tmp_path / "checkpoints"), *(str(tmp_path / part) if part == "checkpoints" else part for part in more),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append([step.loss for step in load_run(str(run)).steps])
+    whole, *parts = found
+    assert parts[0] + parts[1] == pytest.approx(whole, abs=1e-5)
+    sizes = {"buffer.1.num_batches_tracked": (1,)}
+    tracked = read_whole(tmp_path / "checkpoints" / "step-5", sizes)
+    assert tracked["buffer.1.num_batches_tracked"].tolist() == [3 + 2 * 2]  # of one data-parallel rank's micro-batches
+    wrong = command("run", str(tmp_path / "second.json"), "--model", RESIDUAL, "--resume", str(tmp_path / "nowhere"))
+    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
+
+
 def command(*arguments):
     entry = [sys.executable, "-W", "ignore", "-c", "from planner.cli import entry; entry()", *arguments]
     return subprocess.run(entry, capture_output=True, text=True, cwd=ROOT)
@@ -127,7 +153,7 @@ def test_solve_run_compare_and_report_through_the_command(tmp_path):
         (("--model", "tests.modules:wider"), "the plan is of another module: its layer 0 is 0 with 216 parameters, this one's 0 with 324"),
         (("--model", "examples.multimodal:small"), "the plan is of another module: its chain has 6 layers, this one's 14"),
         (("--model", RESIDUAL, "--data", "tokens.bin"), "--data"),
-        (("--model", RESIDUAL, "--checkpoint-every", "2"), "--checkpoint-every"),
+        (("--model", RESIDUAL, "--load", "."), "--load"),
         (("--model", RESIDUAL, "--dropout", "0.1"), "--dropout"),
     ],
 )
