@@ -122,11 +122,11 @@ def regular_bound(costs: Costs, decisions: Decisions, levels: tuple[Recompute, .
 
 def regular_bounds(
     costs: Costs, decisions: Decisions, levels: tuple[Recompute, ...], *, first_only: bool = False,
-    recomputed: Callable[[tuple[int, ...]], Sequence[float]] | None = None,
+    recomputed: Callable[[tuple[int, ...]], Sequence[float]] | None = None, enough: float = math.inf,
 ) -> list[tuple[float, tuple[tuple[int, ...], ...]]]:  # fmt: skip
     """The bound of each regular cut, with its sizes; with `first_only` it need be right for the least of them alone.
 
-    `recomputed` gives for a cut the seconds of recomputation that each rank can't do without.
+    `recomputed` gives for a cut the seconds of recomputation that each rank can't do without; it is asked where they are below `enough`.
     """
     seconds, m, p = costs.seconds(decisions), decisions.num_microbatches, decisions.pipeline_parallel
     block = min((seconds["block", level] for level in levels), key=lambda time: time.forward + time.backward)
@@ -142,7 +142,7 @@ def regular_bounds(
     found: list[tuple[float, tuple[tuple[int, ...], ...]]] = []
     best = math.inf
     for cut in regular_cuts(costs.inputs.model.num_layers, decisions.schedule, p, decisions.num_virtual_stages):
-        slowest, more = 0.0, recomputed(cut.sizes[0]) if recomputed else ()
+        slowest, by_rank = 0.0, []
         for rank in range(p):
             down = cut.before[rank] * block.forward + (embedding.forward + rank * message if rank else 0.0)
             taken = cut.held[rank] * each + ends[rank] + down
@@ -150,14 +150,17 @@ def regular_bounds(
                 up = cut.before[rank] * block.backward + embedding.backward + rank * message
                 tails = cut.held[rank] * tail_block + max(tail.intercept, 0.0)
                 taken += max(0.0, up - tails - tail_head)
-            if more:
-                taken += m * more[rank]
+            by_rank.append(taken)
             if taken > slowest:
                 slowest = taken
                 if first_only and slowest >= best:
                     break
         best = min(best, slowest)
-        found.append((slowest, cut.sizes))
+        if recomputed and slowest < enough:
+            for sizes in cut.sizes:
+                found.append((max(taken + m * more for taken, more in zip(by_rank, recomputed(sizes), strict=True)), (sizes,)))
+        else:
+            found.append((slowest, cut.sizes))
     return found
 
 

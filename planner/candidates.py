@@ -49,7 +49,7 @@ class Constraints:
     time_limit_seconds: float | None = None
     """Wall-clock seconds of the search; then the best plan found is given with its gap."""
     accepted_gap: float = 0.01
-    """Once a search has taken 4 CPU-seconds, a plan within this share of the bound is enough; 0: never."""
+    """Once a search has taken 8 CPU-seconds, a plan within this share of the bound is enough; 0: never."""
     solver: str | None = None
     """"HiGHS" or "CBC"; by default the first that is installed."""
     num_runners_up: int = 6

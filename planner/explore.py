@@ -7,8 +7,14 @@ Best first over a tree of candidates (`planner.candidates`): the node with the l
                dominates are left out; + reduction and optimizer                  (layouts, bounds.mean_tail)
     candidate  + schedule: fill and drain                                         (bounds.schedule_bound)
     room       + the recomputation that memory forces, or that nothing fits       (bounds.never_idle_bound)
-    relaxed    the linear relaxation of the ILP                                   (solver.solve_pipeline)
-    solved     the ILP, asked for something faster than the best known
+    cuts       regular cuts: what each rank must recompute in the mean            (bounds.regular_bounds)
+    walked     regular cuts: the walk without recomputation                       (critical_path)
+    relaxed    regular cuts: what the fullest moments force; free cuts:
+               the linear relaxation of the ILP                                   (forced, solver.solve_pipeline)
+    solved     the ILP, asked for something faster than the best known            (choices, solver.solve_pipeline)
+
+A candidate goes back into the queue between these, so that a dearer bound is only asked for where the cheaper ones leave it among the
+least.
 
 Where ranks share the cores of a CPU node, how fast one computes depends on what the others do at the time, and no path
 bounds that. There each candidate is given the stages of simple rules and walked with its cores shared; the bound is that
@@ -40,6 +46,7 @@ from planner.candidates import (
     zero_stages,
 )
 from planner.chain import Costs, Profile, counts_of, dominates, stages_of
+from planner.choices import rank_choices
 from planner.contention import shares_cores
 from planner.critical_path import Path, graph, path_seconds, rank_paths
 from planner.errors import InputError
@@ -52,11 +59,11 @@ from planner.timing import predict_time
 
 SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
 """From plain to exotic: which of equally fast plans is taken."""
-RELAXED_ROUNDS = 4
+RELAXED_ROUNDS, CUT_ROUNDS = 4, 8
 """Linear relaxations of a candidate before the next candidate has its turn."""
-DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 16, 3
+DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 16, 2
 """What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
-PATIENCE_SECONDS = 4.0
+PATIENCE_SECONDS = 8.0
 """CPU-seconds of a search after which a plan within the accepted gap is enough."""
 MAX_PATHS = 48
 """Critical paths of a schedule's graph that are handed on from one program to the next."""
@@ -80,7 +87,7 @@ class Node(NamedTuple):
     solved: Solution | None = None
 
 
-DEGREES, LAYOUT, CANDIDATE, ROOM, RELAXED = range(5)
+DEGREES, LAYOUT, CANDIDATE, ROOM, CUTS, WALKED, RELAXED = range(7)
 
 
 class Outcome(NamedTuple):
@@ -175,10 +182,12 @@ class _Search:
             return node.bound
         elif node.level == CANDIDATE:
             self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
-        elif node.level == ROOM:
-            self.relax(node.item, node.bound)
-        else:
+        elif node.level == RELAXED:
             return self.solve(node.item, node.bound)
+        elif node.item.num_virtual_stages > 1:
+            self.bound_cuts(node.item, node.bound, node.level)
+        else:
+            self.relax(node.item, node.bound)
         return math.inf
 
     def push(self, bound: float, level: int, item: Degrees | Decisions) -> None:
@@ -279,20 +288,28 @@ class _Search:
             bound = bounds.never_idle_bound(candidate, rooms, fills, bounds.Tail(0.0, 0.0), each, blocks, bound, goal, m - p - 1)
         return bound + costs.step_seconds
 
+    def bound_cuts(self, candidate: Decisions, above: float, level: int) -> None:
+        """Raises the bound of regular cuts a step: by what each rank must recompute, by walks, by what its fullest moments force.
+
+        Each step costs more than the one before, so that a candidate comes back to the queue in between.
+        """
+        timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
+        if level == ROOM:
+            found = [bound for bound, _ in self.cuts(candidate, timed).values()]
+        elif level == CUTS:
+            self.num_relaxed += 1
+            found = [bound for bound, _ in self.pattern_walks(candidate, timed)]
+        else:
+            found = [bound for bound, _ in self.pattern_bounds(candidate, self.costs.pipeline(candidate, self.levels))]
+        following = {ROOM: CUTS, CUTS: WALKED, WALKED: RELAXED}
+        self.push(max(above, min(found)), following[level], candidate)
+
     def relax(self, candidate: Decisions, above: float) -> None:
-        """Finds a first plan by simple rules, and raises the bound: by walks where cuts are regular, else by the relaxation."""
+        """Finds a first plan with free cuts by simple rules, and raises the bound by the linear relaxation."""
         self.num_relaxed += 1
-        if candidate.num_virtual_stages > 1:
-            timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
-            above = max(above, self.pattern_walks(candidate, timed)[0][0])
-            if above < self.goal * (1 - TOLERANCE):
-                above = max(above, self.pattern_bounds(candidate, self.costs.pipeline(candidate, self.levels))[0][0])
-        if above < self.goal * (1 - TOLERANCE) and candidate not in self.others:
+        if candidate not in self.others:
             self.try_simple(candidate)
         if above >= self.goal * (1 - TOLERANCE):
-            return
-        if candidate.num_virtual_stages > 1:
-            self.push(above, RELAXED, candidate)
             return
         solution = self.program(candidate, self.costs.pipeline(candidate, self.levels), above, RELAXED_ROUNDS)
         bound = max(solution.bound + self.costs.step_seconds, above)
@@ -322,10 +339,7 @@ class _Search:
         """
         pool = self.paths.setdefault(_shape(candidate), {})
         fixed = self.costs.step_seconds
-        found = self.walks.get(candidate)
-        if found is None:
-            rough = bounds.regular_bounds(self.costs, candidate, self.levels, recomputed=self.recomputed(candidate, pipeline))
-            found = {sizes: (bound + fixed, False) for bound, group in rough for sizes in group}
+        found = self.cuts(candidate, pipeline)
         best = min((bound for bound, walked in found.values() if walked), default=math.inf)
         for sizes, (bound, walked) in sorted(found.items(), key=lambda item: (item[1], item[0])):
             if walked or (not self.shared and bound >= self.goal) or (bound >= best and not every):
@@ -340,8 +354,16 @@ class _Search:
             pool.update(dict.fromkeys(paths))
             found[sizes] = (length + fixed, True)
             best = min(best, length + fixed)
-        self.walks[candidate] = found
         return sorted((bound, sizes) for sizes, (bound, _) in found.items())
+
+    def cuts(self, candidate: Decisions, pipeline: Pipeline) -> dict[tuple[int, ...], tuple[float, bool]]:
+        """The bounds of a candidate's regular cuts as known so far, at first those of the fullest rank."""
+        found = self.walks.get(candidate)
+        if found is None:
+            fixed, recomputed = self.costs.step_seconds, self.recomputed(candidate, pipeline)
+            rough = bounds.regular_bounds(self.costs, candidate, self.levels, recomputed=recomputed, enough=self.goal - fixed)
+            found = self.walks[candidate] = {sizes: (bound + fixed, False) for bound, group in rough for sizes in group}
+        return found
 
     def recomputed(self, candidate: Decisions, pipeline: Pipeline) -> Callable[[tuple[int, ...]], tuple[float, ...]]:
         """What each rank of a regular cut must recompute, from the mean of its fullest moments."""
@@ -403,22 +425,38 @@ class _Search:
         self.num_solved += 1
         if not pipeline.patterns:
             return self.solved(candidate, pipeline, above)
+        if candidate not in self.others:
+            self.try_simple(candidate)
         self.pattern_walks(candidate, pipeline, every=True)
         left = math.inf
-        for bound, sizes in self.pattern_bounds(candidate, pipeline):
+        for bound, sizes in self.pattern_bounds(candidate, pipeline, every=True):
             if bound >= self.goal * (1 - TOLERANCE):
                 break
             one = dataclasses.replace(pipeline, patterns=(sizes,), forced=self.forced[candidate, sizes].seconds)
-            relaxed = self.program(candidate, one, bound, 1)
-            if relaxed.proven:
+            one, bound = self.chosen(candidate, one, bound)
+            if bound >= self.goal * (1 - TOLERANCE):
                 continue
             start = self.starting(candidate, one, sizes)
             if start is not None:
                 better, paths = greedy.improve(one, graph(*_shape(candidate)), start)
                 self.offer(candidate, one, better)
                 self.paths.setdefault(_shape(candidate), {}).update(dict.fromkeys(paths))
-            left = min(left, self.solved(candidate, one, max(bound, relaxed.bound + self.costs.step_seconds)))
+            if all(one.choices):  # the relaxation finds paths, by which choices fall out
+                relaxed = self.program(candidate, one, bound, CUT_ROUNDS)
+                if relaxed.proven:
+                    continue
+                one, bound = self.chosen(candidate, one, max(bound, relaxed.bound + self.costs.step_seconds))
+                if bound >= self.goal * (1 - TOLERANCE):
+                    continue
+            left = min(left, self.solved(candidate, one, bound))
         return left
+
+    def chosen(self, candidate: Decisions, one: Pipeline, above: float) -> tuple[Pipeline, float]:
+        """A pipeline of known sizes with the choices of each rank that may beat the goal, and its bound, infinite where none may."""
+        shape, fixed = _shape(candidate), self.costs.step_seconds
+        paths = list(dict.fromkeys([*rank_paths(*shape), *self.paths.get(shape, ())]))
+        found = rank_choices(one, greedy.place(one, list(one.patterns[0])), paths, self.goal - fixed)
+        return dataclasses.replace(one, choices=found.choices), max(above, found.bound + fixed)
 
     def starting(self, candidate: Decisions, pipeline: Pipeline, sizes: tuple[int, ...]) -> Counts | None:
         """Stages of these sizes that fit, if any are known or found at once."""
@@ -435,12 +473,15 @@ class _Search:
             self.offer(candidate, pipeline, solution.counts)
         return math.inf if solution.proven else max(above, solution.bound + self.costs.step_seconds)
 
-    def pattern_bounds(self, candidate: Decisions, pipeline: Pipeline) -> list[tuple[float, tuple[int, ...]]]:
-        """The regular cuts with their walk's bound, raised by the recomputation that each rank's memory forces, least first."""
+    def pattern_bounds(self, candidate: Decisions, pipeline: Pipeline, *, every: bool = False) -> list[tuple[float, tuple[int, ...]]]:
+        """The regular cuts with their walk's bound, raised by the recomputation that each rank's memory forces, least first.
+
+        Bounds of cuts above the least are only raised where `every` one is asked for.
+        """
         shape, fixed = _shape(candidate), self.costs.step_seconds
-        found = []
+        found, least = [], self.goal
         for bound, sizes in self.pattern_walks(candidate, pipeline):
-            if bound < self.goal:
+            if bound < least:
                 rows = greedy.place(pipeline, list(sizes))
                 need = self.forced.get((candidate, sizes))
                 if need is None:
@@ -448,6 +489,8 @@ class _Search:
                 if any(need.seconds):
                     paths = [*rank_paths(*shape), *self.paths.get(shape, ())]
                     bound = max(bound, path_bound(paths, stage_seconds(pipeline, rows), need, pipeline.ranks) + fixed)
+                if not every:
+                    least = min(least, bound)
             found.append((bound, sizes))
         return sorted(found)
 

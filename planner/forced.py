@@ -54,8 +54,15 @@ def forced(pipeline: Pipeline, rows: Sequence[Sequence[Sequence[int]]]) -> Force
     for moment in pipeline.moments:
         by_rank.setdefault(moment.rank, []).append(moment)
     found = []
+    held = [_plain(pipeline, stage) for stage in counts]
+    least_transients = [
+        {direction: _least_transients(pipeline, stage, direction) for direction in "FBW"} for stage in counts
+    ]
     for rank, limit in enumerate(pipeline.limits):
-        bases = sorted(((_base(pipeline, counts, moment), moment) for moment in by_rank.get(rank, ())), key=lambda item: -item[0])
+        bases = sorted(
+            ((_held(held, moment) + least_transients[moment.stage][moment.direction], moment) for moment in by_rank.get(rank, ())),
+            key=lambda item: -item[0],
+        )
         least = 0.0
         for base, moment in bases[:MOMENTS]:
             if base <= limit * (1 + 1e-12):
@@ -81,34 +88,41 @@ def forced_in_the_mean(
     run = pipeline.runs[chosen]
     counts = [[sum(row) for row in stage] for stage in rows]
     extra = [sum(option.seconds(kind) - run.options[0].seconds(kind) for kind in pipeline.kinds) for option in run.options[1:]]
-    found = []
+    held, found = [_plain(pipeline, stage) for stage in counts], []
+    stages_of: list[list[int]] = [[] for _ in means]
+    for stage, owner in enumerate(pipeline.ranks):
+        stages_of[owner].append(stage)
     for rank, flight in enumerate(means):
-        mine = [stage for stage, owner in enumerate(pipeline.ranks) if owner == rank]
+        mine = stages_of[rank]
         moment = Moment(rank, tuple((stage, saved, 0) for stage, saved in zip(mine, flight, strict=True)), mine[0], "")  # type: ignore[misc]
-        lack = _held(pipeline, counts, moment) - pipeline.limits[rank] - slack
+        lack = _held(held, moment) - pipeline.limits[rank] - slack
         found.append(_cheapest(run, counts, chosen, moment, extra, lack) if lack > 0 else 0.0)
     return tuple(found)
 
 
-def _base(pipeline: Pipeline, counts: Sequence[Sequence[int]], moment: Moment) -> float:
-    """Bytes at a moment with nothing recomputed, of transients only what every option needs."""
-    present = [run for run, count in zip(pipeline.runs, counts[moment.stage], strict=True) if count]
-    return _held(pipeline, counts, moment) + max((_least_transient(run, moment.direction) for run in present), default=0.0)
+def _plain(pipeline: Pipeline, counts: Sequence[int]) -> tuple[float, float, float]:
+    """Bytes of a stage with nothing recomputed: its states, and what a micro-batch saves and defers."""
+    states = saved = deferred = 0.0
+    for run, count in zip(pipeline.runs, counts, strict=True):
+        if count:
+            option = run.options[0]
+            states, saved, deferred = states + count * run.states, saved + count * option.saved, deferred + count * option.deferred
+    return states, saved, deferred
 
 
-def _held(pipeline: Pipeline, counts: Sequence[Sequence[int]], moment: Moment) -> float:
-    """Bytes of states and activations at a moment with nothing recomputed."""
+def _held(held: Sequence[tuple[float, float, float]], moment: Moment) -> float:
+    """Bytes of states and activations at a moment with nothing recomputed; `held` as `_plain` gives them, by stage."""
     need = 0.0
     for stage, saved, deferred in moment.in_flight:
-        for run, count in zip(pipeline.runs, counts[stage], strict=True):
-            if count:
-                option = run.options[0]
-                need += count * (run.states + saved * option.saved + deferred * option.deferred)
+        states, each, put_off = held[stage]
+        need += states + saved * each + deferred * put_off
     return need
 
 
-def _least_transient(run: Run, direction: str) -> float:
-    return min(option.transient(direction) for option in run.options)
+def _least_transients(pipeline: Pipeline, counts: Sequence[int], direction: str) -> float:
+    """Of the transients of a stage, what every option needs."""
+    present = (run for run, count in zip(pipeline.runs, counts, strict=True) if count)
+    return max((min(option.transient(direction) for option in run.options) for run in present), default=0.0)
 
 
 def _cheapest(run: Run, counts: Sequence[Sequence[int]], chosen: int, moment: Moment, extra: Sequence[float], lack: float) -> float:

@@ -90,6 +90,10 @@ class Moment(NamedTuple):
     """What it does: F, B (of the input gradients where the backward pass is split) or W."""
 
 
+Choice = tuple[tuple[int, ...], ...]
+"""Of the one run with several options, the layers by option on each of a rank's stages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What `solve_pipeline` is given."""
@@ -112,6 +116,8 @@ class Pipeline:
     """Layers per stage that may be chosen from; empty for any."""
     forced: tuple[float, ...] = ()
     """Seconds by which recomputation must lengthen the layers of each rank together, as `planner.forced` finds; empty for none."""
+    choices: tuple[tuple[Choice, ...], ...] = ()
+    """For each rank the choices of which one is to be taken, as `planner.choices` finds; no choice, or no entry: any that fits."""
     edges: tuple[Edge, ...] = ()
     """What crossing a boundary between stages costs, where it is not the same for every cut."""
     slowness: tuple[float, ...] = ()

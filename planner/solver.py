@@ -20,6 +20,8 @@ Variables, the first two rows integer:
     Σ_{r,o} x[s,r,o] >= 1                                                 no stage is empty             _no_empty_stage
       or, where sizes are restricted to patterns k, = Σ_k size[k,s] π[k], Σ π[k] = 1, π binary          _one_pattern
     F[s] = Σ f[r,o] x[s,r,o]  (B, I, W alike)                             seconds of a stage            _stage_seconds
+    Σ_c λ[rank,c] = 1, λ binary, x[s,r,o] = Σ_c count[c,s,o] λ[rank,c]    where a rank's choices c are
+        listed (`planner.choices`): it takes one of them, and needs no rows for memory                  _one_choice
     Σ_{s on the rank, r, o} (seconds of o - of the fastest) x[s,r,o] >= what its memory forces, in whole layers      _forced
     R[s] >= g Σ parameters_r x[s,r,o] + g' for each piece (g, g')          its reduction                 _reduce_seconds
     Σ_{s on the rank} Σ (e_r + k_s a[r,o] + l_s a'[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment   _memory
@@ -55,7 +57,7 @@ from typing import Any, NamedTuple
 from planner.critical_path import Graph, Key, Path, path_seconds
 from planner.errors import SolverError
 from planner.greedy import improve
-from planner.pipeline import Counts, Edge, Moment, Option, Piece, Pipeline, Run, excess_bytes, moment_bytes, stage_loads, stage_seconds
+from planner.pipeline import Choice, Counts, Edge, Moment, Option, Piece, Pipeline, Run, excess_bytes, moment_bytes, stage_loads, stage_seconds
 
 __all__ = [
     "TOLERANCE", "Counts", "Edge", "Moment", "Option", "Patience", "Piece", "Pipeline", "Run", "Solution", "excess_bytes", "moment_bytes",
@@ -202,7 +204,7 @@ class _Program:
         self.step = self.problem.add_variable("T", 0, _SCALE if cutoff < math.inf else None)
         self.x = [
             [
-                [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, most, "Integer") for o in range(len(run.options))] if most else []
+                [self.problem.add_variable(f"x_{s}_{r}_{o}", 0, most, self._whole(s)) for o in range(len(run.options))] if most else []
                 for r, (run, most) in enumerate(zip(pipeline.runs, _most_layers(pipeline, s), strict=True))
             ]
             for s in range(pipeline.num_stages)
@@ -213,6 +215,7 @@ class _Program:
             self._one_pattern()
         else:
             self._no_empty_stage()
+        self._one_choice()
         self._forced()
         self.seconds = self._stage_seconds()
         total = _SCALE * TIE_BREAK / (self.second * _typical_seconds(pipeline))
@@ -220,8 +223,15 @@ class _Program:
         self.transients: dict[tuple[int, str], Any] = {}
         for rank in sorted(set(pipeline.ranks)):
             fullest = max((moment for moment in pipeline.moments if moment.rank == rank), key=_weight, default=None)
-            if fullest is not None:
+            if fullest is not None and not self._choices(rank):
                 self._memory(fullest)
+
+    def _choices(self, rank: int) -> tuple[Choice, ...]:
+        return self.pipeline.choices[rank] if self.pipeline.choices else ()
+
+    def _whole(self, stage: int) -> str:
+        """Where a rank takes one of its choices, x follows from them."""
+        return "Continuous" if self._choices(self.pipeline.ranks[stage]) else "Integer"
 
     def _add(self, terms: list[tuple[Any, float]], sense: int, right: float) -> None:
         if self.pipeline.edges:  # a variable may stand in several terms
@@ -268,11 +278,25 @@ class _Program:
             sizes = [(variable, -float(pattern[s])) for variable, pattern in zip(chosen, patterns, strict=True)]
             self._add([(x, 1.0) for row in rows for x in row] + sizes, 0, 0.0)
 
+    def _one_choice(self) -> None:
+        """Each rank whose choices are listed takes one of them; all of them fit, so that it needs no rows for memory."""
+        several = next((r for r, run in enumerate(self.pipeline.runs) if len(run.options) > 1), 0)
+        for rank in sorted(set(self.pipeline.ranks)):
+            choices = self._choices(rank)
+            if not choices:
+                continue
+            taken = [self.problem.add_variable(f"choice_{rank}_{k}", 0, 1, "Integer") for k in range(len(choices))]
+            self._add([(variable, 1.0) for variable in taken], 0, 1.0)
+            for index, stage in enumerate(s for s, owner in enumerate(self.pipeline.ranks) if owner == rank):
+                for o, x in enumerate(self.x[stage][several]):
+                    counts = [(variable, -float(choice[index][o])) for variable, choice in zip(taken, choices, strict=True)]
+                    self._add([(x, 1.0), *counts], 0, 0.0)
+
     def _forced(self) -> None:
         """What memory makes each rank recompute: implied by `_memory` and whole layers, but not by fractions of them."""
         pipeline = self.pipeline
         for rank, least in enumerate(pipeline.forced):
-            if least:
+            if least and not self._choices(rank):
                 terms = [
                     (x, sum(option.seconds(kind) - run.options[0].seconds(kind) for kind in pipeline.kinds) / least)
                     for s, owner in enumerate(pipeline.ranks)

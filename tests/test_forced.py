@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from planner.choices import rank_choices
 from planner.critical_path import graph, rank_paths
 from planner.forced import forced, forced_in_the_mean, path_bound
 from planner.greedy import fit, frozen, improve, place
@@ -85,3 +86,41 @@ def test_forced_seconds_are_never_above_and_the_ilp_with_them_finds_the_optimum(
             assert best * (1 - 1e-9) <= whole.longest(stage_seconds(pipeline, better)) <= whole.longest(stage_seconds(pipeline, start))
             assert paths
     assert tight > 3 and fitting > 3, "too few of the instances bind to say anything"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_choices_of_ranks_hold_the_optimum_and_their_bound_stays_below_it(shape):
+    rng, whole, fitting, dropped = random.Random(f"{shape} choices"), graph(*shape), 0, 0
+    for _ in range(12):
+        pipeline, sizes = random_cut(rng, shape)
+        rows = place(pipeline, sizes)
+        fitting_counts = [counts for counts in choices(pipeline, sizes) if excess_bytes(pipeline, counts)[0] <= 0]
+        fits = {counts: whole.longest(stage_seconds(pipeline, counts)) for counts in fitting_counts}
+        best = min(fits.values(), default=math.inf)
+        paths = {path: None for path in rank_paths(*shape)}
+        for counts in list(fits)[:3]:
+            paths.update(dict.fromkeys(whole.critical_paths(stage_seconds(pipeline, counts))[1]))
+        for cutoff in (min(best, 100.0) * 2, best * 1.03, best * 0.999):
+            if cutoff == math.inf:
+                continue
+            found = rank_choices(pipeline, rows, list(paths), cutoff)
+            if best < cutoff:
+                assert found.bound <= best * (1 + 1e-9)
+                assert all(found.choices)
+                fitting += 1
+            else:
+                assert found.bound == math.inf or best == math.inf or found.bound <= best
+            if found.bound < cutoff and all(found.choices):
+                for rank, several in enumerate(found.choices):
+                    own = [stage for stage, owner in enumerate(pipeline.ranks) if owner == rank]
+                    ways = math.prod(math.comb(sum(rows[stage][1]) + len(pipeline.runs[1].options) - 1, sum(rows[stage][1])) for stage in own)
+                    dropped += len(several) < ways
+            listed = replace(pipeline, choices=found.choices)
+            solution = solve_pipeline(listed, whole, cutoff=cutoff) if found.bound < cutoff else None
+            if best < cutoff:
+                assert solution is not None and solution.proven
+                assert solution.seconds == pytest.approx(best, rel=2e-6)
+                assert excess_bytes(pipeline, solution.counts)[0] <= 1e-6
+            else:
+                assert solution is None or solution.counts is None
+    assert fitting > 6 and dropped > 6, "too few of the instances fit to say anything"
