@@ -81,10 +81,11 @@ def hasten_transport() -> int:
 
     On CPUs those threads move the messages and add up the sums, and share the cores with the ranks' compute. Linux's scheduler (EEVDF,
     6.12 and newer) lets a thread that wakes up interrupt another one at once only where its slice is the shorter one; else it waits for
-    that one's slice of some milliseconds. Needs no privilege, and does nothing on other systems. Call it when the groups have been made.
+    that one's slice of some milliseconds. Needs no privilege, and does nothing on other systems, nor where the process has been given
+    another scheduling policy than the usual one. Call it when the groups have been made.
     """
     number = SCHED_SETATTR.get(platform.machine())
-    if sys.platform != "linux" or number is None:
+    if sys.platform != "linux" or number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return 0
     try:
         system = ctypes.CDLL(None, use_errno=True)
