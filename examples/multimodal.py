@@ -2,6 +2,9 @@
 
     plan solve --model examples.multimodal:build --cluster a100-80gb:8 --global-batch-size 64
 
+    plan solve --model examples.multimodal:small --cluster cpu:2 --global-batch-size 16 --pp 2 --precision fp32 -o plan.json
+    plan run plan.json --model examples.multimodal:small --steps 5 -o run.json
+
 The text's embedding is a branch of its own; it lies on the stage where image and text tokens are joined.
 """
 

@@ -212,14 +212,15 @@ class _Layers:
             for key in nodes[index].made:
                 written.setdefault(key, layer)
         self.layer: dict[fx.Node, int] = {}
+        self.joined: dict[int, fx.Node] = {}
+        """Layers that can't begin a segment, since an operation of the graph is also a part of the layer before."""
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
             layers = {layer_of[index] for index in self.owners.get(node, ()) if index in layer_of}
-            if len(layers) > 1:
-                self._refuse(f"its operation {node.name} is a part of {len(layers)} layers of the chain")
             if layers:
-                self.layer[node] = layers.pop()
+                self.layer[node] = max(layers)
+                self.joined |= dict.fromkeys(range(min(layers) + 1, max(layers) + 1), node)
             elif node.target is operator.getitem and node.args[0] in self.layer:
                 self.layer[node] = self.layer[node.args[0]]
             elif self.owners.get(node):  # made without a parameter, and later written to in place by a layer
@@ -247,8 +248,10 @@ class _Layers:
     def check(self, model: TracedModel) -> None:
         """Raises InputError unless this is the chain that was planned."""
         members, trace = self.chain.members, self.trace
+        nested = any(isinstance(self.values[node], fx.GraphModule) for node in self.graph.nodes if node.op == "get_attr")
+        hint = "; or the layers that it runs under autocast or no_grad, which are one operation of the exported graph, are to blame" if nested else ""
         if len(members) != model.num_layers:
-            self._refuse(f"the plan is of another module: its chain has {model.num_layers} layers, this one's {len(members)}")
+            self._refuse(f"the plan is of another module: its chain has {model.num_layers} layers, this one's {len(members)}{hint}")
         for index, (group, held) in enumerate(zip(members, held_by_layers(trace, members), strict=True)):
             cost = model.cost(index)
             mine = (layer_name(trace, group), held.own, held.shared)
@@ -256,11 +259,15 @@ class _Layers:
             if mine != planned:
                 self._refuse(
                     f"the plan is of another module: its layer {index} is {planned[0]} with {planned[1] + planned[2]:,} parameters, "
-                    f"this one's {mine[0]} with {mine[1] + mine[2]:,}"
+                    f"this one's {mine[0]} with {mine[1] + mine[2]:,}{hint}"
                 )
 
     def crossing(self, layer: int) -> fx.Node:
         """The one value that crosses the cut before `layer`."""
+        name = layer_name(self.trace, self.chain.members[layer])
+        if layer in self.joined:
+            node = self.joined[layer]
+            self._refuse(f"it can't be cut before layer {layer} ({name}): the exported operation {node.name} is a part of it and of the layer before")
         later = [node for node, place in self.layer.items() if place >= layer]
         found = {source for node in later for source in self.reads[node] if self.layer[source] < layer}
         for node in self.result:
@@ -268,7 +275,6 @@ class _Layers:
         only = next(iter(found)) if len(found) == 1 else None
         if only is None or not isinstance(self.values[only], torch.Tensor) or not self.values[only].requires_grad:
             names = ", ".join(sorted(node.name for node in found))
-            name = layer_name(self.trace, self.chain.members[layer])
             self._refuse(f"one tensor must cross the cut before layer {layer} ({name}); in the exported graph these do: {names}")
         assert only is not None
         return only
@@ -332,7 +338,7 @@ class _Layers:
         whole = layers == range(len(self.chain.members))
         for node in emitted:
             tags = getattr(node.target, "tags", ())
-            if node not in self.layer and torch.Tag.nondeterministic_seeded in tags and not whole:
+            if self.owners.get(node) and node not in self.layer and torch.Tag.nondeterministic_seeded in tags and not whole:
                 self._refuse(f"its operation {node.name} is random and depends on no parameter: stages can't agree on its value")
 
     def _written_by(self, value: fx.Node, layers: range) -> bool:

@@ -48,6 +48,48 @@ def unexportable():
     return Branching(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4)
 
 
+def copied():
+    """Layers that are deep copies of one."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Embedding(12, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 4)), torch.zeros(2, 6, dtype=torch.long)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8, use_cache=False, bos_token_id=0, eos_token_id=0)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    return GPT2LMHeadModel(shape), {"input_ids": ids, "labels": ids}
+
+
+class Autocast(nn.Module):
+    """Chooses the type of its second layer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.example_inputs = torch.zeros(2, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.second(x)
+        return x.float()
+
+
+class Attending(nn.Module):
+    """The input projection of its attention is one operation to torch, and two layers to the tracer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+        self.example_inputs = torch.zeros(2, 3, 8)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
 class Noisy(nn.Module):
     """Both layers add the same noise."""
 

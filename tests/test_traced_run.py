@@ -174,21 +174,34 @@ def test_a_cut_that_sends_something_else_is_refused(tmp_path, capsys, monkeypatc
     assert "the plan is of another module: before layer 2 it sends 2,048 bytes, this one 8,192" in capsys.readouterr().err
 
 
-def test_what_torch_can_not_export_is_refused_by_name(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("planned", "run", "said"),
+    [
+        ("plain", "unexportable", "torch.export can't write its operations down"),
+        ("Noisy", "Noisy", "is random and depends on no parameter"),
+        ("Autocast", "Autocast", "under autocast or no_grad"),
+        ("Attending", "Attending", "it can't be cut before layer 1"),
+    ],
+)
+def test_what_can_not_be_cut_is_refused_by_name(planned, run, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan, path = module_plan("tests.modules:plain", pp=2, cuts=(1,)), str(tmp_path / "plan.json")
-    write_text(path, dumps(plan))
-    assert start([path, "--model", "tests.modules:unexportable"]) == 2
+    path = str(tmp_path / "plan.json")
+    write_text(path, dumps(module_plan(f"tests.modules:{planned}", pp=2, cuts=(1,))))
+    assert start([path, "--model", f"tests.modules:{run}"]) == 2
     line = capsys.readouterr().err
-    assert "torch.export can't write its operations down" in line and line.count("\n") == 1
+    assert said in line and line.count("\n") == 1
 
 
-def test_a_random_value_that_stages_would_have_to_share_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    plan, path = module_plan("tests.modules:Noisy", pp=2, cuts=(1,)), str(tmp_path / "plan.json")
-    write_text(path, dumps(plan))
-    assert start([path, "--model", "tests.modules:Noisy"]) == 2
-    assert "is random and depends on no parameter" in capsys.readouterr().err
+def test_layers_copied_by_torch_and_modules_of_transformers_can_be_cut_anywhere():
+    from executor.traced_build import fake_cut
+
+    for reference in ("tests.modules:copied", "tests.modules:gpt2"):
+        layers = module_plan(reference).inputs.model.num_layers
+        for cut in range(1, layers):
+            plan = module_plan(reference, pp=2, cuts=(cut,), again=(cut,))
+            found = fake_cut(plan, reference)
+            assert [len(stage) for stage in found.stages] == [1, 1 if cut == layers - 1 else 2]
+        assert layers >= 7 and found.highest
 
 
 def test_too_few_processes(tmp_path):

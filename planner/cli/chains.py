@@ -86,7 +86,7 @@ def solve_traced(request: Request, constraints: Constraints, options: dict[str, 
     else:
         show_traced(plan, short=True)
         if output is not None:
-            click.echo(f"wrote {output}; next: plan show or plan simulate {output}", err=True)
+            click.echo(f"wrote {output}; next: plan show {output}, or plan run {output} --model {request.model}", err=True)
     return 0
 
 

@@ -174,7 +174,10 @@ def example_batch(example: Any, samples: int, precision: str) -> tuple[tuple[Any
 
 
 def convert_module(module: Any, precision: str) -> None:
-    """Gives all floating-point parameters and buffers the training's type; tied ones stay tied. (`Module.to` can't swap fake ones.)"""
+    """Gives all floating-point parameters and buffers the training's type; tied ones stay tied. (`Module.to` can't swap fake ones.)
+
+    Fake tensors that `copy.deepcopy` has made (nn.TransformerEncoder's layers) don't share their storage with their own views; they are made again.
+    """
     import torch
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -182,9 +185,13 @@ def convert_module(module: Any, precision: str) -> None:
     for child in module.modules():
         for holder in (child._parameters, child._buffers):
             for name, old in holder.items():
-                if old is None or not old.is_floating_point() or old.dtype == dtype:
+                if old is None:
+                    continue
+                kind = dtype if old.is_floating_point() else old.dtype
+                whole = old.detach().untyped_storage()._cdata == old.untyped_storage()._cdata
+                if old.dtype == kind and whole:
                     continue
                 if id(old) not in made:
-                    new = old.detach().to(dtype)
+                    new = old.detach().to(kind, copy=True)
                     made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
                 holder[name] = made[id(old)]
