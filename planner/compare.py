@@ -132,7 +132,8 @@ def _row(quantity: str, rank: int | None, predicted: float | None, measured: flo
 def _whole_rows(plan: AnyPlan, run: Run, dry_run: DryRun | None) -> Iterable[Row]:
     time, traced = plan.predictions.time, max((rank.memory.total_bytes for rank in dry_run.pipeline_ranks), default=None) if dry_run else None
     yield _row("step_seconds", None, time.step_seconds, run.summary.step_seconds)
-    yield _row("tokens_per_second", None, time.tokens_per_second, run.summary.tokens_per_second)
+    if time.tokens_per_second is not None:  # images have none
+        yield _row("tokens_per_second", None, time.tokens_per_second, run.summary.tokens_per_second)
     yield _row("bubble_fraction", None, time.bubble_fraction, run.summary.bubble_fraction)
     yield _row("peak_bytes", None, plan.predictions.memory.total_bytes, None if run.rehearsed else run.summary.peak_bytes, traced)
 
