@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import UNSET
 from torch.autograd.function import once_differentiable
 
-from planner.model import ModelSpec
+from planner.model import ModelSpec, RopeScaling
 
 Heads = tuple[int, int, int]
 """Query, key and value heads of this rank."""
@@ -44,10 +45,25 @@ class Rope:
         second.mul_(cosine).addcmul_(kept, sine)
 
 
+def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """What each element turns in a step from one position to the next, scaled. Linear: divided by the factor (Chen et al. 2023, arXiv 2306.15595).
+    Llama 3.1: left where the element turns `high_freq_factor` times or more in the original length, divided where it turns `low_freq_factor` times or
+    fewer, and in between a mean of both by the number of turns (its reference code)."""
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert scaling.rope_type == "llama3" and low is not UNSET and high is not UNSET and length is not UNSET
+    turns = frequencies * (length / (2 * math.pi))
+    kept = ((turns - low) / (high - low)).clamp_(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
 def make_rope(length: int, num_heads: int, model: ModelSpec, device: torch.device) -> Rope:
     """The tables for positions 0..length-1."""
     size = model.rotary_size
     frequencies = 1.0 / model.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    if model.rope_scaling is not UNSET:
+        frequencies = scaled_frequencies(frequencies, model.rope_scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
     return Rope(angles.cos(), angles.sin(), num_heads, model.head_dim, model.rotary_neighbours is True)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from msgspec import UNSET, UnsetType
 
 from planner.errors import InputError
-from planner.model import ModelSpec
+from planner.model import ROPE_SCALINGS, ModelSpec
 
 QUERY_KEY_VALUE = ("query", "key", "value")
 
@@ -122,7 +122,7 @@ _COMMON: Form = {
     "norm": ("layernorm",), "gated_ffn": (False,), "activation": ("gelu",), "position_embedding": ("rope",), "rotary_neighbours": (False,),
     "whole_heads_turned": (True,), "rope_theta": (), "qk_norm": (False,), "embedding_norm": (False,), "final_norm": (True,), "head_bias": (False,),
     "parallel_block": (False,), "num_norms_per_layer": (2,), "tied_embeddings": (), "biases": ((True, True, True),), "multi_head": (True,),
-    "one_or_all_key_heads": (), "square": (True,),
+    "one_or_all_key_heads": (), "square": (True,), "rope_scaling": (),
 }  # fmt: skip
 _FALCON: Form = {"activation": ("gelu_erf", "gelu"), "biases": ((True, True, True), (False, False, False)), "multi_head": ()}
 _SWIGLU: Form = {
@@ -140,7 +140,7 @@ FORMS: dict[str, Form] = {
     },
     "gptj": _BESIDE | {
         "rotary_neighbours": (True,), "whole_heads_turned": (), "rope_theta": (10000.0,), "biases": ((False, False, True),), "head_bias": (True,),
-        "tied_embeddings": (False,),
+        "tied_embeddings": (False,), "rope_scaling": (UNSET,),
     },
     "phi": _BESIDE | {"whole_heads_turned": (), "head_bias": (True,), "multi_head": (), "tied_embeddings": (False,)},
     "falcon": _BESIDE | _FALCON | {"one_or_all_key_heads": (True,)},
@@ -246,7 +246,12 @@ def _factor(model: ModelSpec) -> float:
 
 
 def _rope(model: ModelSpec) -> dict[str, object]:
-    return {"rope_type": "default", "rope_theta": model.rope_theta, "partial_rotary_factor": _factor(model)}
+    return {"rope_type": "default", "rope_theta": model.rope_theta, "partial_rotary_factor": _factor(model)} | _scaling(model)
+
+
+def _scaling(model: ModelSpec) -> dict[str, object]:
+    scaling = model.rope_scaling
+    return {} if scaling is UNSET else {"rope_type": scaling.rope_type} | {name: getattr(scaling, name) for name in ROPE_SCALINGS[scaling.rope_type]}
 
 
 _ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "silu": "silu", "relu": "relu"}
@@ -382,6 +387,7 @@ def _llama(model: ModelSpec) -> dict[str, object]:
         "rms_norm_eps": model.norm_epsilon,
         "hidden_act": "silu",
         "attention_bias": model.qkv_bias,
+        "rope_scaling": _scaling(model) or None,
     }
 
 

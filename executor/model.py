@@ -23,7 +23,7 @@ from executor.norms import QueryKey
 from executor.units import Entry, Layout, Piece, Unit, make_layout
 from executor.vocabulary import Embed, Head, HeadLoss, head_logits, vocabulary_range
 from planner.errors import InputError
-from planner.model import ModelSpec
+from planner.model import ROPE_SCALINGS, ModelSpec
 from planner.plan import Decisions, Recompute, Stage, block_levels, has_embedding, has_head, stage_blocks
 
 INITIAL_STD = 0.02
@@ -37,6 +37,9 @@ def check_model(model: ModelSpec, tensor_parallel: int, where: str = "plan") -> 
     where = f"{where}: inputs.model"
     if not model.final_norm:
         raise InputError(f"{where}.final_norm", model.final_norm, "the executor runs models with one")
+    if model.rope_scaling is not UNSET and model.rope_scaling.rope_type not in ROPE_SCALINGS:
+        allowed = f"the executor scales rotary positions by {' or '.join(ROPE_SCALINGS)}"
+        raise InputError(f"{where}.rope_scaling.rope_type", model.rope_scaling.rope_type, allowed)
     norms = (1, 2) if model.parallel_block else (2, 4)
     if model.num_norms_per_layer not in norms:
         allowed = " or ".join(map(str, norms))

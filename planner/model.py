@@ -26,6 +26,26 @@ Activation = Literal["gelu", "gelu_erf", "silu", "relu"]
 """gelu is its approximation by tanh (GPT-2), gelu_erf the exact one (GPT-NeoX, Falcon)."""
 
 
+class RopeScaling(Document, frozen=True, kw_only=True):
+    """How rotary positions are stretched beyond the length of pre-training, in Hugging Face's words. Planning does not depend on it."""
+
+    rope_type: str
+    """linear: all angles divided by `factor`; llama3: those of slow elements (Llama 3.1). Of others only the name is kept."""
+    factor: float = 1.0
+    low_freq_factor: float | msgspec.UnsetType = msgspec.UNSET
+    """llama3: elements that turn fewer times than this in the original length are divided by the whole factor."""
+    high_freq_factor: float | msgspec.UnsetType = msgspec.UNSET
+    """llama3: those that turn more often than this are left; in between, in proportion."""
+    original_max_position_embeddings: int | msgspec.UnsetType = msgspec.UNSET
+
+
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What the executor can do, and the numbers that each takes."""
+
+
 class ModelSpec(Document, frozen=True, kw_only=True):
     """A decoder-only transformer by its shape. Sizes are counts of elements; nothing here depends on a cluster."""
 
@@ -82,6 +102,8 @@ class ModelSpec(Document, frozen=True, kw_only=True):
     """Tokens that each one attends to, itself included; unset, all before it."""
     full_attention_every: int | msgspec.UnsetType = msgspec.UNSET
     """n where blocks n, 2n, ... (counted from 1) have no window (Gemma 2: 2); unset, all have it."""
+    rope_scaling: RopeScaling | msgspec.UnsetType = msgspec.UNSET
+    """Unset, rotary positions are not scaled."""
 
     @property
     def scores_scale(self) -> float:
@@ -186,6 +208,8 @@ def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
         )
     if model.rotary_dim is not msgspec.UNSET and (model.position_embedding != "rope" or not 0 < model.rotary_dim <= model.head_dim):
         raise InputError(f"{where}: rotary_dim", model.rotary_dim, f"1 to head_dim ({model.head_dim}), and that with rotary positions only")
+    if model.rope_scaling is not msgspec.UNSET:
+        _validate_scaling(model, model.rope_scaling, f"{where}: rope_scaling")
     for name in ("attention_scale", "attention_softcap", "head_softcap", "sliding_window", "full_attention_every"):
         value = getattr(model, name)
         if value is not msgspec.UNSET and not 0 < value < math.inf:
@@ -196,6 +220,17 @@ def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
         field = "head_dim" if model.rotary_dim is msgspec.UNSET else "rotary_dim"
         raise InputError(f"{where}: {field}", model.rotary_size, "rotary positions need an even number")
     return model
+
+
+def _validate_scaling(model: ModelSpec, scaling: RopeScaling, where: str) -> None:
+    if model.position_embedding != "rope":
+        raise InputError(where, scaling.rope_type, f"scaling is for rotary positions, not {model.position_embedding}")
+    for name in ROPE_SCALINGS.get(scaling.rope_type, ()):
+        value = getattr(scaling, name)
+        if value is msgspec.UNSET or not 0 < value < math.inf:
+            raise InputError(f"{where}.{name}", None if value is msgspec.UNSET else value, f"a number above 0 is expected with {scaling.rope_type}")
+    if scaling.rope_type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:  # type: ignore[operator]
+        raise InputError(f"{where}.high_freq_factor", scaling.high_freq_factor, f"more than low_freq_factor ({scaling.low_freq_factor}) is expected")
 
 
 @functools.cache
@@ -336,12 +371,20 @@ def _gemma2_attention(config: dict[str, Any], values: dict[str, Any], path: Path
 
 
 def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Base and part of rotary positions; older configs have them at their top, newer ones in `rope_parameters`. Raises InputError."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    rope = rope if isinstance(rope, dict) else {}
+    """Base, part and scaling of rotary positions; older configs have the first two at their top, newer ones all in `rope_parameters`. Raises
+    InputError."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: {key}", rope, "an object or null is expected")
     found = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if values["position_embedding"] != "rope":
         return found
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        raise InputError(f"{path}: {key}.rope_type", kind, "a name is expected")
+    if kind != "default":
+        found["rope_scaling"] = {"rope_type": kind} | {name: rope[name] for name in ROPE_SCALINGS.get(kind, ()) if name in rope}
     factor = rope.get("partial_rotary_factor", values.get("rotary_factor", 1.0))
     if not isinstance(factor, int | float) or not 0 < factor <= 1:
         raise InputError(f"{path}: partial_rotary_factor", factor, "a number above 0 and at most 1 is expected")

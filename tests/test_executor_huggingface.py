@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from plans import make_plan
 
-from planner.model import load_model, read_hf_config, replace
+from planner.model import RopeScaling, load_model, read_hf_config, replace
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
@@ -20,6 +20,7 @@ from safetensors.torch import save_file  # noqa: E402
 from executor.hf_names import architecture_of, hf_config, place_of  # noqa: E402
 from executor.huggingface import to_huggingface  # noqa: E402
 from executor.mesh import make_mesh  # noqa: E402
+from executor.model import check_model  # noqa: E402
 from executor.train import RunOptions, Trainer  # noqa: E402
 from planner.errors import InputError  # noqa: E402
 
@@ -90,11 +91,19 @@ def gemma2(**changes: Any) -> Any:
     return transformers.Gemma2ForCausalLM(config)
 
 
+# of the six frequencies the first stays, the second becomes a mean, and the others are divided
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 MODELS = {
     "gpt2": gpt2,
     "bloom": bloom,
     "llama": llama,
     "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "llama-scaled-llama3": lambda: llama(rope_parameters=LLAMA3),
+    "llama-scaled-linear": lambda: llama(rope_parameters=LINEAR),
     "qwen3": qwen3,
     "mistral": mistral,
     "gemma": gemma,
@@ -102,6 +111,7 @@ MODELS = {
     "gemma2-fused": lambda: gemma2(attn_logit_softcapping=None, sliding_window=64),
     "gpt_neox": neox,
     "gpt_neox-in-turn": lambda: neox(use_parallel_residual=False, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    "gpt_neox-scaled-linear": lambda: neox(rope_parameters=LINEAR | {"partial_rotary_factor": 0.25}),
     "gptj": gptj,
     "phi": phi,
     "falcon-7b": falcon,
@@ -197,6 +207,14 @@ def test_weights_of_a_model_that_has_no_names_there_are_refused_by_what_differs(
         architecture_of(spec)
     with pytest.raises(InputError, match="family"):
         architecture_of(load_model("opt-125m"))
+
+
+def test_scaling_of_positions_that_the_executor_does_not_know_is_refused_by_name() -> None:
+    spec = replace(load_model("llama-3.2-1b"), num_layers=1, vocab_size=64, rope_scaling=RopeScaling(rope_type="yarn"))
+    with pytest.raises(InputError, match=r"rope_scaling.rope_type: 'yarn' is not valid; the executor scales rotary positions by linear or llama3"):
+        check_model(spec, 1)
+    with pytest.raises(InputError, match="rope_scaling"):
+        architecture_of(replace(load_model("gpt-j-6b"), rope_scaling=RopeScaling(rope_type="linear", factor=2.0)))
 
 
 def test_soft_capped_scores_need_unfused_attention() -> None:

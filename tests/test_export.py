@@ -190,6 +190,22 @@ def test_torchtitan_notes_and_refusals():
             export(plan, "torchtitan")
 
 
+def test_scaled_rotary_positions_are_scaled_there_or_said_not_to_be():
+    plan = make_plan("llama-3.2-3b")
+    found = options(export(plan, "megatron")["megatron.sh"])
+    assert "--use-rope-scaling" in found and found["--rope-scaling-factor"] == "32.0"
+    values, _ = titan(plan)
+    assert values["MODEL"]["rope_scaling"] == {
+        "scaling": "llama", "scaling_factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    assert titan(make_plan(llama()))[0]["MODEL"]["rope_scaling"] == {"scaling": "none"}
+    assert "rope_scaling" in notes(export(make_plan("llama-3.1-8b"), "nanotron")["nanotron.yaml"])
+    linear = make_plan(llama(rope_scaling=models.RopeScaling(rope_type="linear", factor=2.0)))
+    for target in ("megatron", "torchtitan"):
+        with pytest.raises(InputError, match="rope_scaling"):
+            export(linear, target)
+
+
 def test_deepspeed_pipeline_has_the_cuts():
     plan = make_plan("gpt3", pp=4, dp=2, m=8, micro=2, zero_stage=1, recompute="full", sizes=(20, 26, 26, 26))
     files = export(plan, "deepspeed")

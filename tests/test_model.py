@@ -6,7 +6,7 @@ import pytest
 from planner.documents import builtins
 from planner.errors import InputError
 from planner.graph import layer_graph
-from planner.model import load_model, presets, read_hf_config, replace
+from planner.model import RopeScaling, load_model, presets, read_hf_config, replace
 
 EXACT = json.loads((Path(__file__).parent / "data" / "exact_parameters.json").read_text())
 
@@ -158,3 +158,37 @@ def test_a_wrong_config_is_refused_by_the_name_of_its_key(change: dict, named: s
 def test_an_unknown_model_is_refused_with_a_hint() -> None:
     with pytest.raises(InputError, match="did you mean"):
         load_model("llama-2-70bb")
+
+
+def test_scaling_of_rotary_positions_is_read_from_either_key_and_planned_whatever_it_is(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.json", HF["llama"][0]
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+    for key, theta in (("rope_scaling", {}), ("rope_parameters", {"rope_theta": 500000.0})):
+        path.write_text(json.dumps(config | {"rope_theta": 500000.0, key: llama3 | theta}))
+        assert read_hf_config(path).rope_scaling == load_model("llama-3.1-8b").rope_scaling
+    for kind in ("yarn", "dynamic", "longrope"):
+        path.write_text(json.dumps(config | {"rope_scaling": {"type": kind, "factor": 4.0, "short_factor": [1.0]}}))
+        assert read_hf_config(path).rope_scaling == RopeScaling(rope_type=kind)
+    for scaling in (None, {"rope_type": "default", "rope_theta": 500000.0}):
+        path.write_text(json.dumps(config | {"rope_scaling": scaling}))
+        assert "rope_scaling" not in builtins(read_hf_config(path))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "word"),
+    [
+        ("linear", "rope_scaling"),
+        ({"rope_type": ["linear"]}, "rope_type"),
+        ({"rope_type": "linear", "factor": 0}, "factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "original_max_position_embeddings: None"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 8192},
+            "high_freq_factor",
+        ),
+    ],
+)
+def test_unusable_scaling_of_rotary_positions_is_named(scaling: object, word: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HF["llama"][0] | {"rope_scaling": scaling}))
+    with pytest.raises(InputError, match=word):
+        read_hf_config(path)

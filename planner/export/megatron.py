@@ -6,7 +6,10 @@ Uneven stages go through `--pipeline-model-parallel-layout`, whose stages are se
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from planner.export.common import LATER, Notes, effective_order, flag, header, recompute_words, refuse, script, stage_levels, torchrun
+from planner.model import ModelSpec
 from planner.plan import Plan, has_embedding, has_head, stage_blocks
 
 TARGET = "megatron"
@@ -151,6 +154,7 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     if model.position_embedding == "rope":
         out += [flag("--position-embedding-type", "rope"), flag("--rotary-base", round(model.rope_theta))]
         out += [flag("--rotary-percent", model.rotary_size / model.head_dim), *(["--rotary-interleaved"] if model.rotary_neighbours is True else [])]
+        out += _rope_scaling(model)
     else:
         out.append(flag("--position-embedding-type", "learned_absolute"))
     out += [flag("--normalization", "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"), flag("--norm-epsilon", model.norm_epsilon)]
@@ -167,6 +171,17 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     if plan.inputs.training.profile == "meshwright":
         out += [flag("--attention-dropout", 0.0), flag("--hidden-dropout", 0.0)]
     return out
+
+
+def _rope_scaling(model: ModelSpec) -> list[str]:
+    """Megatron-LM has Llama 3.1's scaling with the factor alone to choose."""
+    scaling = model.rope_scaling
+    if scaling is UNSET:
+        return []
+    given = (scaling.rope_type, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings)
+    if given != ("llama3", 1.0, 4.0, 8192):
+        raise refuse(TARGET, "model.rope_scaling", scaling.rope_type, "Megatron-LM has llama3 with frequency factors 1 and 4 and a length of 8192")
+    return ["--use-rope-scaling", flag("--rope-scaling-factor", scaling.factor)]
 
 
 def _biases(plan: Plan) -> list[str]:

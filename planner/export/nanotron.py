@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from planner.export.common import Notes, flag, header, note_rank_order, refuse, require_llama, script, strongest_level, torchrun, yaml_text
 from planner.model import ModelSpec
 from planner.plan import Plan, stage_blocks
@@ -26,6 +28,8 @@ def export_nanotron(plan: Plan) -> dict[str, str]:
         notes.append("nanotron recomputes whole layers or none, so layers are recomputed in full: less memory, slower.")
     note_rank_order(plan, TARGET, notes)
     _note_cuts(plan, notes)
+    if model.rope_scaling is not UNSET:
+        notes.append("nanotron does not scale rotary positions: they are other ones than the plan's model has (rope_scaling).")
     if training.precision == "mixed-bf16":
         notes.append("nanotron adds an fp32 gradient buffer to bf16 training: 4 bytes a parameter (sharded by ZeRO-1) that the plan does not count.")
     document = {

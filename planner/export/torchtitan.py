@@ -5,6 +5,8 @@ Only its Llama 3 model is configured: torchtitan has no GPT-2 style model (Layer
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from planner.export.common import (
     Notes,
     flag,
@@ -17,6 +19,7 @@ from planner.export.common import (
     strongest_level,
     torchrun,
 )
+from planner.model import ModelSpec
 from planner.plan import Plan
 
 TARGET = "torchtitan"
@@ -52,7 +55,7 @@ ACTIVATION_CHECKPOINT = {activation_checkpoint}
 def model_spec(attn_backend: str = "flex") -> ModelSpec:
     dim, vocab_size = MODEL["dim"], MODEL["vocab_size"]
     rope = ComplexRoPE.Config(
-        dim=dim // MODEL["n_heads"], max_context_length=MODEL["max_context_length"], theta=MODEL["rope_theta"], scaling="none"
+        dim=dim // MODEL["n_heads"], max_context_length=MODEL["max_context_length"], theta=MODEL["rope_theta"], **MODEL["rope_scaling"]
     )
     layers = _build_llama3_layers(
         n_layers=MODEL["n_layers"],
@@ -125,6 +128,7 @@ def export_torchtitan(plan: Plan) -> dict[str, str]:
             "vocab_size": model.vocab_size,
             "max_context_length": max(model.max_sequence_length, training.sequence_length),
             "rope_theta": model.rope_theta,
+            "rope_scaling": _rope_scaling(model),
             "norm_eps": model.norm_epsilon,
             "enable_weight_tying": model.tied_embeddings,
         },
@@ -145,6 +149,21 @@ def export_torchtitan(plan: Plan) -> dict[str, str]:
     command = [*torchrun(plan, TARGET), "-m torchtitan.train", flag("--module", MODULE), flag("--config", "trainer"), '"$@"']
     run = script(header(plan, TARGET, []), command, ['export PYTHONPATH="$(cd "$(dirname "$0")" && pwd):${PYTHONPATH:-}"'])
     return {f"{MODULE}.py": text, "torchtitan.sh": run}
+
+
+def _rope_scaling(model: ModelSpec) -> dict[str, object]:
+    scaling = model.rope_scaling
+    if scaling is UNSET:
+        return {"scaling": "none"}
+    if scaling.rope_type != "llama3":
+        raise refuse(TARGET, "model.rope_scaling.rope_type", scaling.rope_type, "this export knows llama3 there")
+    return {
+        "scaling": "llama",
+        "scaling_factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
 
 
 def _parallelism(plan: Plan, notes: Notes) -> dict[str, object]:
