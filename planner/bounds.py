@@ -138,18 +138,19 @@ def regular_bounds(
     ends = [0.0] * p
     for rank, time, kind in ((0, embedding, "embedding"), (0 if decisions.schedule == "ZBVZeroBubble" else p - 1, head, "head")):
         ends[rank] += m * (time.forward + time.backward) + tail.slope * costs.parameters(decisions, kind)  # type: ignore[arg-type]
-    ends = [value + max(tail.intercept, 0.0) for value in ends]
+    ends = [value + max(tail.intercept, 0.0) + (embedding.forward + rank * message if rank else 0.0) for rank, value in enumerate(ends)]
+    ups = [embedding.backward + rank * message - max(tail.intercept, 0.0) - tail_head for rank in range(p)]
+    forward, backward = block.forward, block.backward
     found: list[tuple[float, tuple[tuple[int, ...], ...]]] = []
     best = math.inf
     for cut in regular_cuts(costs.inputs.model.num_layers, decisions.schedule, p, decisions.num_virtual_stages):
-        slowest, by_rank = 0.0, []
-        for rank in range(p):
-            down = cut.before[rank] * block.forward + (embedding.forward + rank * message if rank else 0.0)
-            taken = cut.held[rank] * each + ends[rank] + down
-            if not split and rank:
-                up = cut.before[rank] * block.backward + embedding.backward + rank * message
-                tails = cut.held[rank] * tail_block + max(tail.intercept, 0.0)
-                taken += max(0.0, up - tails - tail_head)
+        slowest, by_rank = 0.0, list[float]()
+        for held, before, end, up in zip(cut.held, cut.before, ends, ups, strict=True):
+            taken = held * each + end + before * forward
+            if not split and by_rank:
+                up += before * backward - held * tail_block
+                if up > 0.0:
+                    taken += up
             by_rank.append(taken)
             if taken > slowest:
                 slowest = taken

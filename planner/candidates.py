@@ -27,8 +27,8 @@ from planner.plan import (
 
 AXES: tuple[Axis, ...] = ("tp", "dp", "pp")
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
-FORBIDDABLE = ("tensor_parallel", "pipeline_parallel", "data_parallel", "zero_stage", "micro_batch_size", "schedule",
-               "num_virtual_stages", "recompute", "sequence_parallel", "rank_order")  # fmt: skip
+FORBIDDABLE = ("tensor_parallel", "pipeline_parallel", "data_parallel", "zero_stage", "data_parallel_replicate", "micro_batch_size",
+               "schedule", "num_virtual_stages", "recompute", "sequence_parallel", "rank_order")  # fmt: skip
 
 
 MAX_VIRTUAL_STAGES = 12
@@ -86,7 +86,7 @@ def all_degrees(inputs: Inputs, constraints: Constraints) -> list[Degrees]:
             continue
         for pp in divisors(gpus // tp):
             dp = gpus // tp // pp
-            if pp > model.num_layers + 2 or batch % dp:
+            if pp > model.num_layers + 2 or batch % dp or dp % (constraints.fixed.data_parallel_replicate or 1):
                 continue
             if not (constraints.allows("pipeline_parallel", pp) and constraints.allows("data_parallel", dp)):
                 continue
@@ -124,6 +124,11 @@ def check_constraints(inputs: Inputs, constraints: Constraints) -> None:
     if fixed.pipeline_parallel and fixed.pipeline_parallel > inputs.model.num_layers + 2:
         allowed = f"{inputs.model.name} has {inputs.model.num_layers + 2} layers, embedding and head included"
         raise InputError("--pipeline-parallel", fixed.pipeline_parallel, allowed)
+    replicas = fixed.data_parallel_replicate or 1
+    if replicas > 1 and fixed.zero_stage == 0:
+        raise InputError("--data-parallel-replicate", replicas, "it needs ZeRO-1, 2 or 3: without, every rank is a replica")
+    if fixed.data_parallel and fixed.data_parallel % replicas:
+        raise InputError("--data-parallel-replicate", replicas, f"a divisor of data parallel {fixed.data_parallel} is expected")
     if fixed.sequence_parallel and fixed.tensor_parallel == 1:
         raise InputError("--sequence-parallel", True, "it needs tensor parallel above 1")
     if fixed.schedule and fixed.pipeline_parallel and fixed.num_virtual_stages:
@@ -191,13 +196,36 @@ def zero_stages(degrees: Degrees, constraints: Constraints) -> list[int]:
     return allowed[:1] if degrees.data_parallel == 1 else allowed
 
 
+def shardings(inputs: Inputs, degrees: Degrees, order: tuple[Axis, ...], constraints: Constraints) -> list[tuple[int, int]]:
+    """ZeRO stages with the number of replicas of the group that shards (HSDP; 1: it is all data-parallel ranks).
+
+    Unless a number of replicas is asked for, one is looked at beside 1, where the data-parallel ranks span several nodes: that with
+    which the ranks that shard are as many of a node's as can be.
+    """
+    asked, dp, stride = constraints.fixed.data_parallel_replicate, degrees.data_parallel, 1
+    sizes = {"tp": degrees.tensor_parallel, "dp": dp, "pp": degrees.pipeline_parallel}
+    for axis in order[: order.index("dp")]:
+        stride *= sizes[axis]
+    node, numbers = inputs.cluster.gpus_per_node, [1]
+    if asked:
+        numbers = [asked]
+    elif stride * dp > node:
+        numbers += [dp // shards for shards in divisors(dp) if 1 < shards < dp and node % (shards * stride) == 0][-1:]
+    return [
+        (zero, replicas)
+        for zero in zero_stages(degrees, constraints)
+        for replicas in numbers
+        if constraints.allows("data_parallel_replicate", replicas) and (replicas == 1 or (zero > 0 and dp % replicas == 0))
+    ]
+
+
 def recompute_levels(constraints: Constraints) -> tuple[Recompute, ...]:
     return tuple(level for level in LEVELS if constraints.allows("recompute", level))
 
 
 def decisions_of(
     degrees: Degrees, *, schedule: str = "1F1B", num_virtual_stages: int = 1, zero_stage: int = 0, sequence_parallel: bool = False,
-    rank_order: tuple[Axis, ...] = AXES,
+    rank_order: tuple[Axis, ...] = AXES, data_parallel_replicate: int = 1,
 ) -> Decisions:  # fmt: skip
     """Decisions without stages."""
     return Decisions(
@@ -211,5 +239,6 @@ def decisions_of(
         schedule=schedule,  # type: ignore[arg-type]
         num_virtual_stages=num_virtual_stages,
         rank_order=rank_order,
+        data_parallel_replicate=data_parallel_replicate,
         stages=(),
     )

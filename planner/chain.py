@@ -41,7 +41,7 @@ from planner.plan import (
     stage_blocks,
     stage_ranks,
 )
-from planner.states import layer_states
+from planner.states import layer_buffers, layer_states
 
 Layer = tuple[LayerKind, Recompute]
 ALL_LAYERS: tuple[Layer, ...] = (("embedding", "none"), ("block", "none"), ("block", "selective"), ("block", "full"), ("head", "none"))
@@ -58,16 +58,15 @@ class LayerLoad(NamedTuple):
     weight_transient: float
 
 
-def layer_load(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute, tied_copy: bool) -> LayerLoad:
-    """`memory.layer_needs` as terms that add up: a stage never needs more than its layers' saved and deferred bytes of each
-    micro-batch, and the largest transient; `predict_memory` is exact, and below that where these are not at one time.
+def layer_load(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> LayerLoad:
+    """`memory.layer_needs` as terms that add up, without states: a stage never needs more than its layers' saved and deferred bytes of
+    each micro-batch, and the largest transient; `predict_memory` is exact, and below that where these are not at one time.
     """
-    states = float(sum(layer_states(inputs, decisions, kind, tied_copy=tied_copy)))
     need = layer_needs(inputs, decisions, kind, recompute, held=kind == "block")
     held = boundary_bytes(inputs, decisions) if kind != "head" and decisions.pipeline_parallel > 1 else 0
     deferred = need.deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
     weights = sum(need.weights) + held - deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
-    return LayerLoad(states, need.kept, deferred, sum(need.forward) - need.kept, sum(need.backward) + held - need.kept, weights)
+    return LayerLoad(0.0, need.kept, deferred, sum(need.forward) - need.kept, sum(need.backward) + held - need.kept, weights)
 
 
 class Costs:
@@ -87,6 +86,7 @@ class Costs:
         self._fixed: dict[object, int] = {}
         self._links: dict[object, list[float]] = {}
         self._bytes: dict[object, dict[Layer, LayerLoad]] = {}
+        self._loads: dict[object, LayerLoad] = {}
 
     def seconds(self, decisions: Decisions) -> dict[Layer, LayerSeconds]:
         """Of one micro-batch through each kind of layer."""
@@ -131,7 +131,28 @@ class Costs:
         )
         found = self._bytes.get(key)
         if found is None:
-            found = self._bytes[key] = {layer: layer_load(self.inputs, decisions, *layer, copy) for layer in ALL_LAYERS}
+            kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
+            states = {kind: float(sum(layer_states(self.inputs, decisions, kind, tied_copy=copy))) for kind in kinds}
+            buffers = {kind: layer_buffers(self.inputs, decisions, kind) for kind in kinds}
+            found = self._bytes[key] = {
+                layer: self._load(decisions, layer, buffers[layer[0]])._replace(states=states[layer[0]]) for layer in ALL_LAYERS
+            }
+        return found
+
+    def _load(self, decisions: Decisions, layer: Layer, buffers: tuple[int, int, int]) -> LayerLoad:
+        """`layer_load`, which depends on ZeRO and data parallelism by the buffers alone."""
+        key = (
+            layer,
+            buffers,
+            decisions.tensor_parallel,
+            decisions.micro_batch_size,
+            decisions.sequence_parallel,
+            decisions.pipeline_parallel > 1,
+            decisions.schedule in SPLIT_BACKWARD_SCHEDULES,
+        )
+        found = self._loads.get(key)
+        if found is None:
+            found = self._loads[key] = layer_load(self.inputs, decisions, *layer)
         return found
 
     def parameters(self, decisions: Decisions, kind: LayerKind) -> float:
@@ -190,10 +211,15 @@ class Costs:
     def _tangents(self, decisions: Decisions) -> tuple[Piece, ...]:
         block, most = self.parameters(decisions, "block"), self.total_parameters(decisions)
         least = min(self.parameters(decisions, kind) for kind in ("embedding", "head"))
+        points = (1.5 * block, max(min(least, 0.9 * block), 1.0), most)
+        values = [reduce_seconds(self.inputs, decisions, at, self.software) for at in points]
+        (middle, low, high), (between, first, last) = points, values
+        whole = (last - first) / (high - low) if high > low else 0.0
+        if low < middle < high and abs(first + whole * (middle - low) - between) <= 1e-12 * abs(between):
+            return (Piece(whole, first - whole * low),)  # convex, and on a line at three points
         found: list[Piece] = []
-        for point in (1.5 * block, max(min(least, 0.9 * block), 1.0), most):
-            value, beside = (reduce_seconds(self.inputs, decisions, at, self.software) for at in (point, point * 1.001))
-            slope = (beside - value) / (0.001 * point)
+        for point, value in zip(points, values, strict=True):
+            slope = (reduce_seconds(self.inputs, decisions, point * 1.001, self.software) - value) / (0.001 * point)
             piece = Piece(slope, value - slope * point)
             if all(abs(piece(point) - other(point)) > 1e-9 * abs(other(point)) for other in found):
                 found.append(piece)

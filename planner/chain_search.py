@@ -56,7 +56,7 @@ def candidates(costs: ChainCosts, constraints: Constraints) -> list[Decisions]:
     """Every choice that the rules and the constraints allow, without stages. Raises InputError where there is none."""
     inputs, fixed = costs.inputs, constraints.fixed
     gpus, batch, n = inputs.cluster.num_gpus, inputs.training.global_batch_size, costs.model.num_layers
-    for name, only in (("tensor_parallel", 1), ("num_virtual_stages", 1), ("sequence_parallel", False)):
+    for name, only in (("tensor_parallel", 1), ("num_virtual_stages", 1), ("data_parallel_replicate", 1), ("sequence_parallel", False)):
         if getattr(fixed, name) not in (None, only):
             allowed = f"a traced module is not split that way: {'off' if only is False else only} is the only value"
             raise InputError(f"--{name.replace('_', '-')}", getattr(fixed, name), allowed)

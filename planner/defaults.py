@@ -32,6 +32,7 @@ class Fixed:
     pipeline_parallel: int | None = None
     data_parallel: int | None = None
     zero_stage: int | None = None
+    data_parallel_replicate: int | None = None
     micro_batch_size: int | None = None
     schedule: str | None = None
     num_virtual_stages: int | None = None
@@ -74,7 +75,11 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
         assumptions.append(f"a global batch of {training.global_batch_size} samples: {count} micro-batches on each of {dp} data-parallel ranks")
     number = training.global_batch_size // (dp * micro)
     check_schedule(schedule, pp, virtual, number, "--schedule")
-    zero = fixed.zero_stage or 0
+    zero, replicas = fixed.zero_stage or 0, fixed.data_parallel_replicate or 1
+    if replicas > 1 and not zero:
+        raise InputError("--data-parallel-replicate", replicas, "it needs --zero-stage 1, 2 or 3: without, every rank is a replica")
+    if dp % replicas:
+        raise InputError("--data-parallel-replicate", replicas, f"a divisor of data parallel {dp} is expected")
     inputs = Inputs(model=model, cluster=cluster, training=training)
     found: Decisions | None = None
     levels: tuple[Recompute, ...] = (fixed.recompute,) if fixed.recompute else ("none", "selective", "full")
@@ -84,6 +89,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
             tensor_parallel=tp,
             pipeline_parallel=pp,
             zero_stage=zero,
+            data_parallel_replicate=replicas,
             sequence_parallel=bool(fixed.sequence_parallel),
             micro_batch_size=micro,
             num_microbatches=number,

@@ -3,7 +3,7 @@
 Best first over a tree of candidates (`planner.candidates`): the node with the least lower bound is opened next.
 
     degrees    bound: the mean rank's work                                        (bounds.busy_bound)
-    layout     + placement, sequence parallelism, ZeRO; those that another layout
+    layout     + placement, sequence parallelism, ZeRO, HSDP; those that another one
                dominates are left out; + reduction and optimizer                  (layouts, bounds.mean_tail)
     candidate  + schedule: fill and drain                                         (bounds.schedule_bound)
     room       + the recomputation that memory forces, or that nothing fits       (bounds.never_idle_bound)
@@ -43,7 +43,7 @@ from planner.candidates import (
     recompute_levels,
     schedules,
     sequence_parallel_choices,
-    zero_stages,
+    shardings,
 )
 from planner.chain import Costs, Profile, counts_of, dominates, stages_of
 from planner.choices import rank_choices
@@ -198,9 +198,9 @@ class _Search:
         variants = list(schedules(self.inputs, degrees, self.constraints))
         orders = sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))
         choices = sequence_parallel_choices(self.inputs, degrees, self.constraints)
-        stages = len(variants) * len(zero_stages(degrees, self.constraints))
-        self.num_candidates += stages * len(orders) * len(choices)
-        if stages:
+        count = len(variants) * len(choices) * sum(len(shardings(self.inputs, degrees, order, self.constraints)) for order in orders)
+        self.num_candidates += count
+        if count:
             # a group whose ranks lie further apart is never faster, so the innermost place of tp is the fastest
             some = [decisions_of(degrees, sequence_parallel=choice, rank_order=orders[0]) for choice in choices if orders]
             if some:
@@ -212,14 +212,16 @@ class _Search:
         return whole - self.costs.communication(decisions) if self.shared else whole
 
     def layouts(self, degrees: Degrees) -> list[Decisions]:
-        """Placement, sequence parallelism and ZeRO, without those that are nowhere better than another one."""
+        """Placement, sequence parallelism, ZeRO and its replicas, without those that are nowhere better than another one."""
         found: list[tuple[Decisions, Profile]] = []
         for choice in sequence_parallel_choices(self.inputs, degrees, self.constraints):
             for order in rank_orders(degrees, self.constraints):
                 if order[0] != "tp" and self.too_slow(decisions_of(degrees, sequence_parallel=choice, rank_order=order)):
                     continue
-                for zero in zero_stages(degrees, self.constraints):
-                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                for zero, replicas in shardings(self.inputs, degrees, order, self.constraints):
+                    layout = decisions_of(
+                        degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero, data_parallel_replicate=replicas
+                    )
                     if self.layout_bound(layout) < self.goal:
                         found.append((layout, self.costs.profile(layout)))
         found.sort(key=lambda item: _plainness(item[0]))
@@ -380,9 +382,12 @@ class _Search:
         for _, degrees in sorted(rough)[:DIVE_DEGREES]:
             choice = sequence_parallel_choices(self.inputs, degrees, self.constraints)[0]
             for order in sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))[:1]:
-                zeros = set(zero_stages(degrees, self.constraints))
-                for zero in sorted(zeros & {1, 3} or zeros):
-                    layout = decisions_of(degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero)
+                ways = shardings(self.inputs, degrees, order, self.constraints)
+                plain = [(zero, replicas) for zero, replicas in ways if zero in (1, 3) and replicas == 1]
+                for zero, replicas in plain or ways:
+                    layout = decisions_of(
+                        degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero, data_parallel_replicate=replicas
+                    )
                     looks.append((self.look(layout), _plainness(layout), layout))
         guesses = [guess for _, _, layout in heapq.nsmallest(DIVE_LAYOUTS, looks) for guess in self.guesses(layout)]
         fitting = 0
@@ -553,6 +558,7 @@ def _plainness(item: Degrees | Decisions) -> tuple[Any, ...]:
         SCHEDULE_ORDER.index(item.schedule),
         item.num_virtual_stages,
         item.zero_stage,
+        item.data_parallel_replicate,
         item.rank_order != ("tp", "dp", "pp"),
         item.pipeline_parallel,
         item.tensor_parallel,

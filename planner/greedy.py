@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from planner.critical_path import Graph, Path
+from planner.critical_path import Graph, Key, Path, path_seconds
 from planner.pipeline import Counts, Moment, Pipeline, excess_bytes, moment_bytes, stage_load, stage_seconds
 
 Rows = list[list[list[int]]]
@@ -121,7 +121,8 @@ def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) 
     by_rank: dict[int, list[Moment]] = {}
     for moment in pipeline.moments:
         by_rank.setdefault(moment.rank, []).append(moment)
-    length, paths = graph.critical_paths(stage_seconds(pipeline, counts))
+    seconds = stage_seconds(pipeline, counts)
+    length, paths = graph.critical_paths(seconds)
     while tries > 0:
         seen.update(dict.fromkeys(paths))
         for change in _shortenings(pipeline, counts, paths[0]):
@@ -130,10 +131,13 @@ def improve(pipeline: Pipeline, graph: Graph, counts: Counts, tries: int = 120) 
             loads = {stage: stage_load(pipeline, changed[stage]) for stage, owner in enumerate(pipeline.ranks) if owner == rank}
             if any(moment_bytes(moment, loads) > pipeline.limits[rank] for moment in by_rank.get(rank, ())):
                 continue
+            after = {**seconds, **_changed_seconds(pipeline, seconds, change)}
+            if any(path_seconds(path, after) >= length * (1 - 1e-9) for path in seen):
+                continue
             tries -= 1
-            seconds = stage_seconds(pipeline, changed)
-            if graph.longest(seconds) < length * (1 - 1e-9):
-                counts, (length, paths) = changed, graph.critical_paths(seconds)
+            if graph.longest(after) < length * (1 - 1e-9):
+                counts, seconds = changed, stage_seconds(pipeline, changed)
+                length, paths = graph.critical_paths(seconds)
                 break
             if tries <= 0:
                 break
@@ -168,6 +172,17 @@ def _shortenings(pipeline: Pipeline, counts: Counts, path: Path) -> list[Change]
                         if counts[mate][r][a] and there < here:
                             found.append((here - there, ((stage, r, b, a), (mate, r, a, b))))
     return [change for _, change in sorted(found, key=lambda item: -item[0])]
+
+
+def _changed_seconds(pipeline: Pipeline, seconds: dict[Key, float], change: Change) -> dict[Key, float]:
+    """Seconds of the actions that a change makes longer or shorter."""
+    found: dict[Key, float] = {}
+    for stage, run, old, new in change:
+        options = pipeline.runs[run].options
+        for kind in pipeline.kinds:
+            key = kind, stage
+            found[key] = found.get(key, seconds.get(key, 0.0)) + options[new].seconds(kind) - options[old].seconds(kind)
+    return found
 
 
 def _changed(counts: Counts, change: Change) -> Counts:

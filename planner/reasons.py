@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from planner import greedy
+from planner import bounds, greedy
 from planner.candidates import (
     Constraints,
     Degrees,
@@ -16,6 +16,7 @@ from planner.candidates import (
     recompute_levels,
     schedules,
     sequence_parallel_choices,
+    shardings,
     zero_stages,
 )
 from planner.chain import Costs, stages_of
@@ -26,6 +27,7 @@ from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import capacity_bytes
 from planner.explore import Outcome, explore
 from planner.memory import predict_memory
+from planner.moments import least_in_flight
 from planner.network import axis_group
 from planner.pipeline import stage_seconds
 from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, check, even_stages, replace
@@ -41,6 +43,7 @@ PARTS = {
 }
 FLAGS = {
     "zero_stage": "--zero-stage",
+    "data_parallel_replicate": "--data-parallel-replicate",
     "recompute": "--recompute",
     "micro_batch_size": "--micro-batch-size",
     "sequence_parallel": "--sequence-parallel",
@@ -49,6 +52,8 @@ FLAGS = {
     "pipeline_parallel": "--pipeline-parallel",
     "data_parallel": "--data-parallel",
 }
+NEAR = 5
+"""Other degrees that a plan is compared with."""
 REPAIR_SECONDS = 4.0
 """Wall-clock seconds that one relaxed search for a repair may take."""
 
@@ -69,7 +74,7 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
     known = {replace(found.decisions, stages=()): (found.seconds, found.decisions) for found in outcome.others}
     fitting: list[tuple[float, Decisions]] = []
     misfits: list[Decisions] = []
-    candidates = dict.fromkeys([*_neighbours(costs.inputs, constraints, best.decisions), *known])
+    candidates = dict.fromkeys([*_neighbours(costs, constraints, best.decisions), *known])
     own = replace(best.decisions, stages=())
     for candidate in candidates:
         if candidate == own:
@@ -100,8 +105,12 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
 
 def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...]) -> tuple[float, Decisions] | None:
     """A candidate's step time and plan by simple rules, or None where it doesn't fit."""
+    shape = (candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches)
+    rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*shape), levels)
+    if rooms is None or bounds.least_work(rooms, costs.inputs.model.num_layers) == math.inf:
+        return None
     pipeline = costs.pipeline(candidate, levels)
-    whole = graph(candidate.schedule, candidate.pipeline_parallel, candidate.num_virtual_stages, candidate.num_microbatches)
+    whole = graph(*shape)
     choices = [greedy.balanced_sizes(pipeline), greedy.even_sizes(pipeline)]
     if pipeline.patterns:
         choices = [list(min(pipeline.patterns, key=lambda sizes: (max(sizes), sizes)))]
@@ -119,14 +128,18 @@ def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...
     return best
 
 
-def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> Iterator[Decisions]:
-    """Candidates that differ from a plan in one decision, and stay within the constraints."""
+def _neighbours(costs: Costs, constraints: Constraints, best: Decisions) -> Iterator[Decisions]:
+    """Candidates that differ from a plan in one decision, and stay within the constraints; of other degrees those with the least work."""
+    inputs = costs.inputs
     own = replace(best, stages=())
     degrees = Degrees(best.tensor_parallel, best.pipeline_parallel, best.data_parallel, best.micro_batch_size, best.num_microbatches)
-    for zero in zero_stages(degrees, constraints):
-        yield replace(own, zero_stage=zero)
+    sharded = (best.zero_stage, best.data_parallel_replicate)
+    for zero, replicas in shardings(inputs, degrees, best.rank_order, constraints):
+        if zero in (0, best.zero_stage) or replicas == best.data_parallel_replicate:
+            yield replace(own, zero_stage=zero, data_parallel_replicate=replicas)
     for order in rank_orders(degrees, constraints):
-        yield replace(own, rank_order=order)
+        if sharded in shardings(inputs, degrees, order, constraints):
+            yield replace(own, rank_order=order)
     for choice in sequence_parallel_choices(inputs, degrees, constraints):
         yield replace(own, sequence_parallel=choice)
     for name in SCHEDULES:
@@ -134,21 +147,34 @@ def _neighbours(inputs: Inputs, constraints: Constraints, best: Decisions) -> It
         if variants:
             wanted = min(variants, key=lambda v: (abs(v - max(best.num_virtual_stages, 2)), v))
             yield replace(own, schedule=name, num_virtual_stages=wanted)
+    found: list[tuple[float, Decisions]] = []
     for other in all_degrees(inputs, constraints):
         changed = sum(a != b for a, b in zip(other[:3], degrees[:3], strict=True))
         near = all(max(a, b) <= 2 * min(a, b) for a, b in zip(other[:4], degrees[:4], strict=True))
         if near and ((changed == 2 and other.micro_batch_size == degrees.micro_batch_size) or (changed == 0 and other != degrees)):
-            plain = decisions_of(other, zero_stage=best.zero_stage, sequence_parallel=best.sequence_parallel and other.tensor_parallel > 1,
-                                 rank_order=best.rank_order)  # fmt: skip
+            ways = shardings(inputs, other, best.rank_order, constraints)
+            same = [replicas for zero, replicas in ways if zero == best.zero_stage]
+            if not same:
+                continue
+            plain = decisions_of(
+                other, zero_stage=best.zero_stage, sequence_parallel=best.sequence_parallel and other.tensor_parallel > 1,
+                rank_order=best.rank_order, data_parallel_replicate=sharded[1] if sharded in ways else same[0],
+            )  # fmt: skip
             options = dict.fromkeys(schedules(inputs, other, constraints))
             if (best.schedule, best.num_virtual_stages) in options:
-                yield replace(plain, schedule=best.schedule, num_virtual_stages=best.num_virtual_stages)
+                candidate = replace(plain, schedule=best.schedule, num_virtual_stages=best.num_virtual_stages)
             elif ("1F1B", 1) in options and best.schedule == "1F1B":
-                yield plain
+                candidate = plain
+            else:
+                continue
+            whole = bounds.whole_seconds(costs.seconds(candidate), inputs.model.num_layers, recompute_levels(constraints))
+            found.append((bounds.busy_bound(candidate, whole), candidate))
+    yield from (candidate for _, candidate in sorted(found, key=lambda item: item[0])[:NEAR])
 
 
 def _differences(best: Decisions, other: Decisions) -> list[tuple[str, object]]:
-    names = ("tensor_parallel", "pipeline_parallel", "schedule", "zero_stage", "rank_order", "sequence_parallel", "micro_batch_size")
+    names = ("tensor_parallel", "pipeline_parallel", "schedule", "zero_stage", "data_parallel_replicate", "rank_order", "sequence_parallel",
+             "micro_batch_size")  # fmt: skip
     return [(name, getattr(other, name)) for name in names if getattr(best, name) != getattr(other, name)]
 
 
@@ -170,7 +196,15 @@ def _where(inputs: Inputs, decisions: Decisions, words: str) -> str:
     if words not in axes:
         return ""
     nodes = axis_group(inputs.cluster, decisions, axes[words]).nodes
-    return " inside a node" if nodes == 1 else f" over {nodes} nodes"
+    return (" inside a node" if nodes == 1 else f" over {nodes} nodes") + (replicas_in_words(decisions) if axes[words] == "dp" else "")
+
+
+def replicas_in_words(decisions: Decisions) -> str:
+    """Over how many ranks states are sharded, where that is not all data-parallel ones: " (states sharded over 8 ranks, 2 replicas)"."""
+    replicas = decisions.data_parallel_replicate
+    if replicas == 1 or not decisions.zero_stage:
+        return ""
+    return f" (states sharded over {decisions.data_parallel // replicas} ranks, {replicas} replicas)"
 
 
 def _misfit(inputs: Inputs, candidate: Decisions, constraints: Constraints) -> RunnerUp:
@@ -204,7 +238,8 @@ def why(costs: Costs, outcome: Outcome) -> tuple[str, ...]:
         for axis in best.rank_order:
             if sizes[axis] > 1:
                 nodes = axis_group(inputs.cluster, best, axis).nodes
-                parts.append(f"{axis} {sizes[axis]} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}")
+                words = replicas_in_words(best) if axis == "dp" else ""
+                parts.append(f"{axis} {sizes[axis]} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}{words}")
         lines.append("placement: " + ", ".join(parts) + _other_orders(costs, best, outcome.best.seconds))
     rank, over, _ = _shortage(inputs, best)
     levels = {str(stage.recompute) if isinstance(stage.recompute, str) else "mixed" for stage in best.stages} - {"none"}
@@ -262,7 +297,10 @@ def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, f
             zeros, choices = zero_stages(degrees, constraints), sequence_parallel_choices(inputs, degrees, constraints)
             for zero in zeros[-2:]:
                 for choice in choices[:1]:
-                    plan = decisions_of(degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice)
+                    replicas = constraints.fixed.data_parallel_replicate or 1 if zero else 1
+                    plan = decisions_of(
+                        degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice, data_parallel_replicate=replicas
+                    )
                     plan = replace(plan, stages=even_stages(inputs.model, schedule, degrees.pipeline_parallel, v, level))
                     rank, over, need = _shortage(inputs, plan)
                     if best is None or over < best[2]:

@@ -1,5 +1,6 @@
 """The search: its numbers against the memory and time models, its optimum against every candidate, its words."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -8,7 +9,7 @@ import re
 import pytest
 
 from planner import bounds, greedy
-from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, rank_orders, schedules, zero_stages
+from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, rank_orders, schedules, shardings
 from planner.chain import Costs, counts_of, stages_of
 from planner.cluster import load_cluster
 from planner.critical_path import graph
@@ -19,7 +20,7 @@ from planner.explore import explore
 from planner.memory import predict_memory
 from planner.model import load_model
 from planner.moments import least_in_flight
-from planner.pipeline import moment_bytes, stage_loads, stage_seconds
+from planner.pipeline import excess_bytes, moment_bytes, stage_loads, stage_seconds
 from planner.plan import Inputs, Training, check, digest, even_stages, replace
 from planner.search import search
 from planner.timing import predict_time
@@ -58,8 +59,9 @@ def random_cut(rng, candidate, num_blocks):
 
 
 @pytest.mark.parametrize("profile", ["meshwright", "megatron"])
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_ilps_numbers_are_those_of_the_memory_and_time_models(case, profile):
+def test_the_ilps_numbers_are_those_of_the_memory_and_time_models(case, replicas, profile):
     schedule, v, zero, sequence_parallel, order, m = case
     # where gathers and reductions share the network, the reduction is not convex, and tangents are only close to it
     tolerance = 1e-2 if zero == 3 and profile == "megatron" else 1e-6
@@ -67,8 +69,9 @@ def test_the_ilps_numbers_are_those_of_the_memory_and_time_models(case, profile)
     degrees = Degrees(8, 4, 4, 2, m)
     inputs = inputs_of("gpt3", "a100-80gb:128", 4 * 2 * m, profile=profile)
     candidate = decisions_of(
-        degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=sequence_parallel, rank_order=order
-    )
+        degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=sequence_parallel, rank_order=order,
+        data_parallel_replicate=replicas if zero else 1,
+    )  # fmt: skip
     costs = Costs(inputs)
     pipeline = costs.pipeline(candidate, LEVELS)
     for _ in range(3):
@@ -91,15 +94,19 @@ def every_candidate(inputs, constraints):
         for order in rank_orders(degrees, constraints):
             for choice in (True, False) if degrees.tensor_parallel > 1 else (False,):
                 for schedule, v in schedules(inputs, degrees, constraints):
-                    for zero in zero_stages(degrees, constraints):
+                    for zero, replicas in shardings(inputs, degrees, order, constraints):
                         yield decisions_of(
-                            degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice, rank_order=order
-                        )
+                            degrees, schedule=schedule, num_virtual_stages=v, zero_stage=zero, sequence_parallel=choice, rank_order=order,
+                            data_parallel_replicate=replicas,
+                        )  # fmt: skip
 
 
-@pytest.mark.parametrize("gpus, batch, fraction", [(8, 8, 1.0), (8, 16, 0.2), (16, 8, 0.11)])
-def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(gpus, batch, fraction):
-    inputs = inputs_of("gpt3-1.3b", f"a100-40gb:{gpus}", batch, memory_fraction=fraction)
+INSTANCES = [("a100-40gb:8", 8, 1.0), ("a100-40gb:8", 16, 0.2), ("a100-40gb:16", 8, 0.11), ("rtx4090-24gb:16", 32, 0.6)]
+
+
+@pytest.mark.parametrize("cluster, batch, fraction", INSTANCES)
+def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(cluster, batch, fraction):
+    inputs = inputs_of("gpt3-1.3b", cluster, batch, memory_fraction=fraction)
     constraints = Constraints(fixed=Fixed(micro_batch_size=1))
     outcome = explore(Costs(inputs), constraints)
     assert outcome.best is not None and outcome.proven
@@ -134,6 +141,37 @@ def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(gpus, batch, f
     assert count == outcome.num_candidates
     assert fitting > 20
     assert outcome.best.seconds <= fastest * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_replicas_of_the_shard_group_are_found_where_they_win_and_equal_enumeration(fraction):
+    inputs = inputs_of("gpt3-1.3b", "rtx4090-24gb:16", 64, memory_fraction=fraction)
+    fixed = Fixed(tensor_parallel=1, pipeline_parallel=1, micro_batch_size=2)
+    costs, best = Costs(inputs), (math.inf, None)
+    for candidate in every_candidate(inputs, Constraints(fixed=fixed)):
+        pipeline = costs.pipeline(candidate, LEVELS)
+        for none in range(25):
+            for selective in range(25 - none):
+                counts = (((1,), (none, selective, 24 - none - selective), (1,)),)
+                if excess_bytes(pipeline, counts)[0] <= 0:
+                    seconds = graph("1F1B", 1, 1, candidate.num_microbatches).longest(stage_seconds(pipeline, counts)) + costs.step_seconds
+                    best = min(best, (seconds, replace(candidate, stages=stages_of(candidate, counts, LEVELS))), key=lambda item: item[0])
+    plan = search(inputs, Constraints(fixed=fixed))
+    assert plan.solver.status == "optimal"
+    assert plan.solver.objective_seconds == pytest.approx(best[0], rel=2e-6)
+    assert plan.solver.objective_seconds == pytest.approx(predict_time(inputs, plan.decisions).time.step_seconds, rel=1e-6)
+    assert plan.decisions.data_parallel_replicate == best[1].data_parallel_replicate == 2
+    assert plan.decisions.zero_stage > 0 and fits(plan.predictions)
+    assert any("states sharded over 8 ranks, 2 replicas" in reason for reason in plan.solver.reasons)
+    assert any(runner.decisions.data_parallel_replicate == 1 and "data-parallel communication" in runner.why_not for runner in plan.solver.runners_up)
+    whole = search(inputs, Constraints(fixed=fixed, forbidden=(("data_parallel_replicate", 2),)))
+    assert whole.decisions.data_parallel_replicate == 1
+    assert whole.solver.objective_seconds > plan.solver.objective_seconds * 1.01
+    four = search(inputs, Constraints(fixed=dataclasses.replace(fixed, data_parallel_replicate=4)))
+    assert four.decisions.data_parallel_replicate == 4 and four.decisions.zero_stage > 0
+    for wrong in ({"data_parallel_replicate": 3}, {"data_parallel_replicate": 2, "zero_stage": 0}):
+        with pytest.raises(InputError):
+            search(inputs, Constraints(fixed=dataclasses.replace(fixed, **wrong)))
 
 
 def test_the_plan_is_checked_hashed_and_the_same_each_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 
@@ -64,6 +66,7 @@ def plan() -> None:
 
 def entry() -> None:
     """What the console script calls: turns every error that a user can cause into one line and an exit status."""
+    atexit.register(gc.freeze)  # a process that ends need not look for cycles in all that it still holds
     try:
         status = plan.main(standalone_mode=False)
     except click.ClickException as error:

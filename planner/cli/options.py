@@ -43,6 +43,7 @@ class Request:
     pipeline_parallel: int | None
     data_parallel: int | None
     zero_stage: int | None
+    data_parallel_replicate: int | None
     micro_batch_size: int | None
     schedule: str | None
     num_virtual_stages: int | None
@@ -60,6 +61,7 @@ class Request:
                 self.pipeline_parallel,
                 self.data_parallel,
                 self.zero_stage,
+                self.data_parallel_replicate,
                 self.micro_batch_size,
                 self.schedule,
                 self.num_virtual_stages,
@@ -136,6 +138,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--pipeline-parallel", "--pp", "pipeline_parallel", type=POSITIVE),
     click.option("--data-parallel", "--dp", "data_parallel", type=POSITIVE),
     click.option("--zero-stage", type=click.IntRange(0, 3), help="0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."),
+    click.option("--data-parallel-replicate", type=POSITIVE, help="Replicas of the ranks that ZeRO shards over (HSDP); 1: it shards over all."),
     click.option("--micro-batch-size", type=POSITIVE),
     click.option("--schedule", type=choice(SCHEDULES)),
     click.option("--num-virtual-stages", type=POSITIVE, help="Stages per pipeline rank, with interleaved schedules."),

@@ -28,7 +28,9 @@ def degrees(decisions: Decisions) -> str:
         f"pipeline {decisions.pipeline_parallel}",
         f"data {decisions.data_parallel}",
     ]
-    return " × ".join(words) + (f", ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "")
+    replicas = decisions.data_parallel_replicate
+    over = f" over {decisions.data_parallel // replicas} ranks × {replicas} replicas" if replicas > 1 else ""
+    return " × ".join(words) + (f", ZeRO-{decisions.zero_stage}{over}" if decisions.zero_stage else "")
 
 
 def subtitle(plan: AnyPlan) -> str:

@@ -93,7 +93,9 @@ def degrees(decisions: Decisions) -> str:
         parts.append(f"{decisions.schedule}{virtual}")
     parts.append(f"micro-batch {decisions.micro_batch_size} x {decisions.num_microbatches}")
     if decisions.data_parallel > 1:
-        parts.append(f"ZeRO-{decisions.zero_stage}" if decisions.zero_stage else "no ZeRO")
+        shards = decisions.data_parallel // decisions.data_parallel_replicate
+        over = f" over {shards} ranks x {decisions.data_parallel_replicate} replicas" if decisions.data_parallel_replicate > 1 else ""
+        parts.append(f"ZeRO-{decisions.zero_stage}{over}" if decisions.zero_stage else "no ZeRO")
     if decisions.sequence_parallel:
         parts.append("sequence parallel")
     return ", ".join(parts)
