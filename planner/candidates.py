@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from planner.defaults import Fixed
 from planner.errors import InputError
@@ -31,6 +31,8 @@ FORBIDDABLE = ("tensor_parallel", "pipeline_parallel", "data_parallel", "zero_st
                "schedule", "num_virtual_stages", "recompute", "sequence_parallel", "rank_order")  # fmt: skip
 
 
+SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
+"""From plain to exotic: which of equally fast plans is taken."""
 MAX_VIRTUAL_STAGES = 12
 """Stages per rank that are looked at unless a number is asked for; Megatron-LM's published runs have at most 6."""
 NOTHING_FIXED = Fixed()
@@ -241,4 +243,34 @@ def decisions_of(
         rank_order=rank_order,
         data_parallel_replicate=data_parallel_replicate,
         stages=(),
+    )
+
+
+def shape_of(decisions: Decisions) -> tuple[str, int, int, int]:
+    """What a schedule's action lists depend on."""
+    return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
+
+
+def degrees_of(decisions: Decisions) -> Degrees:
+    return Degrees(
+        decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
+    )
+
+
+def plainness(item: Degrees | Decisions) -> tuple[Any, ...]:
+    """Orders candidates with equal bounds from plain to exotic, and makes the search deterministic."""
+    if isinstance(item, Degrees):
+        return (0, *item)
+    return (
+        1,
+        SCHEDULE_ORDER.index(item.schedule),
+        item.num_virtual_stages,
+        item.zero_stage,
+        item.data_parallel_replicate,
+        item.rank_order != ("tp", "dp", "pp"),
+        item.pipeline_parallel,
+        item.tensor_parallel,
+        item.micro_batch_size,
+        item.sequence_parallel,
+        item.rank_order,
     )

@@ -7,11 +7,11 @@ Best first over a tree of candidates (`planner.candidates`): the node with the l
                dominates are left out; + reduction and optimizer                  (layouts, bounds.mean_tail)
     candidate  + schedule: fill and drain                                         (bounds.schedule_bound)
     room       + the recomputation that memory forces, or that nothing fits       (bounds.never_idle_bound)
-    cuts       regular cuts: what each rank must recompute in the mean            (bounds.regular_bounds)
-    walked     regular cuts: the walk without recomputation                       (critical_path)
+    cuts       regular cuts: what each rank must recompute in the mean            (regular.RegularCuts.rough)
+    walked     regular cuts: the walk without recomputation                       (RegularCuts.walks)
     relaxed    regular cuts: what the fullest moments force; free cuts:
-               the linear relaxation of the ILP                                   (forced, solver.solve_pipeline)
-    solved     the ILP, asked for something faster than the best known            (choices, solver.solve_pipeline)
+               the linear relaxation of the ILP                                   (RegularCuts.forced, solver.solve_pipeline)
+    solved     the ILP, asked for something faster than the best known            (RegularCuts.chosen, solver.solve_pipeline)
 
 A candidate goes back into the queue between these, so that a dearer bound is only asked for where the cheaper ones leave it among the
 least.
@@ -26,11 +26,9 @@ it, and what was opened has been solved. So the result is optimal over the whole
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import math
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from planner import bounds, greedy
@@ -39,34 +37,33 @@ from planner.candidates import (
     Degrees,
     all_degrees,
     decisions_of,
+    degrees_of,
+    plainness,
     rank_orders,
     recompute_levels,
     schedules,
     sequence_parallel_choices,
+    shape_of,
     shardings,
 )
 from planner.chain import Costs, Profile, counts_of, dominates, stages_of
-from planner.choices import rank_choices
 from planner.contention import shares_cores
-from planner.critical_path import Path, graph, path_seconds, rank_paths
+from planner.critical_path import graph
+from planner.dive import promising
 from planner.errors import InputError
-from planner.forced import Forced, forced, forced_in_the_mean, path_bound
-from planner.moments import least_in_flight, mean_in_flight
+from planner.moments import least_in_flight
 from planner.pipeline import Counts, Pipeline, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, Decisions, replace
+from planner.regular import MAX_PATHS, RegularCuts
 from planner.solver import TOLERANCE, Patience, Solution, solve_pipeline
 from planner.timing import predict_time
 
-SCHEDULE_ORDER = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "Naive")
-"""From plain to exotic: which of equally fast plans is taken."""
 RELAXED_ROUNDS, CUT_ROUNDS = 4, 8
 """Linear relaxations of a candidate before the next candidate has its turn."""
-DIVE_DEGREES, DIVE_LAYOUTS, DIVE_TRIES, DIVE_FITTING = 40, 6, 16, 2
-"""What the first plans are looked for among: degrees, layouts of them, candidates, and how many of those must fit."""
+FIRST_PLANS = 2
+"""Plans that are looked for before anything is proven."""
 PATIENCE_SECONDS = 8.0
 """CPU-seconds of a search after which a plan within the accepted gap is enough."""
-MAX_PATHS = 48
-"""Critical paths of a schedule's graph that are handed on from one program to the next."""
 
 
 class Found(NamedTuple):
@@ -114,7 +111,7 @@ def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) ->
 
 
 class _Search:
-    """The queue, the best plan so far, and the critical paths seen of each schedule's graph."""
+    """The queue, the best plan so far, and what is known of regular cuts."""
 
     def __init__(self, costs: Costs, constraints: Constraints, cutoff: float) -> None:
         self.costs, self.constraints, self.inputs = costs, constraints, costs.inputs
@@ -128,16 +125,13 @@ class _Search:
         self.cutoff = cutoff
         self.best: Found | None = None
         self.others: dict[Decisions, Found] = {}
-        self.paths: dict[tuple[Any, ...], dict[Path, None]] = {}
-        self.walks: dict[Decisions, dict[tuple[int, ...], tuple[float, bool]]] = {}
-        """Of regular cuts, a lower bound each, and whether it is that of a walk or path."""
-        self.forced: dict[tuple[Decisions, tuple[int, ...]], Forced] = {}
         self.queue: list[Node] = []
         self.num_candidates = self.num_relaxed = self.num_solved = 0
         self.solver = "HiGHS"
         self.shared = shares_cores(self.inputs.cluster, self.inputs.cluster.num_gpus)
         if self.shared:
             self.solver = "walks with shared cores"
+        self.regular = RegularCuts(costs, self.levels, self.shared)
 
     @property
     def goal(self) -> float:
@@ -148,7 +142,7 @@ class _Search:
         for degrees in all_degrees(self.inputs, self.constraints):
             self.push_degrees(degrees)
         if not self.shared:
-            self.dive()
+            self.first_plans()
         bound, proven = math.inf, not self.shared
         while self.queue:
             node = heapq.heappop(self.queue)
@@ -166,6 +160,15 @@ class _Search:
             self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
             time.monotonic() - self.started, self.shared, self.deadline is not None and time.monotonic() > self.deadline,
         )  # fmt: skip
+
+    def first_plans(self) -> None:
+        """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
+        known = [(node.bound, node.item) for node in self.queue if isinstance(node.item, Degrees)]
+        found = 0
+        for candidate in promising(self.costs, self.constraints, self.levels, known):
+            found += self.try_simple(candidate) is not None
+            if found == FIRST_PLANS:
+                break
 
     def open(self, node: Node) -> float:
         """Opens a node; gives the bound of what it leaves unproven, which is infinite where all is proven or in the queue again."""
@@ -192,7 +195,7 @@ class _Search:
 
     def push(self, bound: float, level: int, item: Degrees | Decisions) -> None:
         if bound < self.goal * (1 - TOLERANCE):
-            heapq.heappush(self.queue, Node(bound, _plainness(item), level, item))
+            heapq.heappush(self.queue, Node(bound, plainness(item), level, item))
 
     def push_degrees(self, degrees: Degrees) -> None:
         variants = list(schedules(self.inputs, degrees, self.constraints))
@@ -224,7 +227,7 @@ class _Search:
                     )
                     if self.layout_bound(layout) < self.goal:
                         found.append((layout, self.costs.profile(layout)))
-        found.sort(key=lambda item: _plainness(item[0]))
+        found.sort(key=lambda item: plainness(item[0]))
         kept: list[tuple[Decisions, Profile]] = []
         for layout, profile in found:
             if any(dominates(better, profile) for _, better in kept):
@@ -251,7 +254,7 @@ class _Search:
 
     def push_candidates(self, layout: Decisions, above: float) -> None:
         whole, weight, least = self.whole(layout), self.weight(layout), bounds.least_stages(self.costs, layout, self.levels)
-        for schedule, v in schedules(self.inputs, _degrees(layout), self.constraints):
+        for schedule, v in schedules(self.inputs, degrees_of(layout), self.constraints):
             candidate = replace(layout, schedule=schedule, num_virtual_stages=v)
             bound = above if self.shared else bounds.schedule_bound(candidate, whole, least, weight)
             self.push(max(bound + self.costs.step_seconds, above), CANDIDATE, candidate)
@@ -269,7 +272,7 @@ class _Search:
             above = max(above, bounds.regular_bound(costs, candidate, self.levels) + costs.step_seconds)
             if above >= self.goal * (1 - TOLERANCE):
                 return math.inf
-        rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*_shape(candidate)), self.levels)
+        rooms = bounds.rank_rooms(costs, candidate, least_in_flight(*shape_of(candidate)), self.levels)
         whole = math.inf if rooms is None else bounds.least_work(rooms, blocks)
         if rooms is None or whole == math.inf:
             return math.inf
@@ -297,12 +300,12 @@ class _Search:
         """
         timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
         if level == ROOM:
-            found = [bound for bound, _ in self.cuts(candidate, timed).values()]
+            found = [bound for bound, _ in self.regular.rough(candidate, timed, self.goal).values()]
         elif level == CUTS:
             self.num_relaxed += 1
-            found = [bound for bound, _ in self.pattern_walks(candidate, timed)]
+            found = [bound for bound, _ in self.regular.walks(candidate, timed, self.goal)]
         else:
-            found = [bound for bound, _ in self.pattern_bounds(candidate, self.costs.pipeline(candidate, self.levels))]
+            found = [bound for bound, _ in self.regular.forced(candidate, self.costs.pipeline(candidate, self.levels), self.goal)]
         following = {ROOM: CUTS, CUTS: WALKED, WALKED: RELAXED}
         self.push(max(above, min(found)), following[level], candidate)
 
@@ -322,7 +325,7 @@ class _Search:
         """The better of the plans that simple rules give, if they fit."""
         timed = self.costs.pipeline(candidate, self.levels, timed_only=True)
         if timed.patterns:
-            bound, sizes = self.pattern_walks(candidate, timed)[0]
+            bound, sizes = self.regular.walks(candidate, timed, self.goal)[0]
             choices = [list(sizes)] if bound < self.goal or self.shared else []
         else:
             choices = [greedy.balanced_sizes(timed), greedy.even_sizes(timed)]
@@ -333,97 +336,6 @@ class _Search:
                 self.offer(candidate, pipeline, counts, fits=True)
         return self.others.get(candidate)
 
-    def pattern_walks(self, candidate: Decisions, pipeline: Pipeline, *, every: bool = False) -> list[tuple[float, tuple[int, ...]]]:
-        """The regular cuts with a lower bound on their step time, least first: that of the walk without recomputation.
-
-        More recomputation makes no action shorter and so no step. A cut that a bound or a known path already shows to be
-        slower than the goal is not walked, nor, unless `every` one is asked for, than the fastest walk.
-        """
-        pool = self.paths.setdefault(_shape(candidate), {})
-        fixed = self.costs.step_seconds
-        found = self.cuts(candidate, pipeline)
-        best = min((bound for bound, walked in found.values() if walked), default=math.inf)
-        for sizes, (bound, walked) in sorted(found.items(), key=lambda item: (item[1], item[0])):
-            if walked or (not self.shared and bound >= self.goal) or (bound >= best and not every):
-                continue
-            whole = graph(*_shape(candidate))
-            seconds = stage_seconds(pipeline, greedy.frozen(greedy.place(pipeline, list(sizes))))
-            shown = max((path_seconds(path, seconds) for path in pool), default=0.0) + fixed
-            if shown >= self.goal and not self.shared:
-                found[sizes] = (shown, True)
-                continue
-            length, paths = whole.critical_paths(seconds) if len(pool) < MAX_PATHS else (whole.longest(seconds), ())
-            pool.update(dict.fromkeys(paths))
-            found[sizes] = (length + fixed, True)
-            best = min(best, length + fixed)
-        return sorted((bound, sizes) for sizes, (bound, _) in found.items())
-
-    def cuts(self, candidate: Decisions, pipeline: Pipeline) -> dict[tuple[int, ...], tuple[float, bool]]:
-        """The bounds of a candidate's regular cuts as known so far, at first those of the fullest rank."""
-        found = self.walks.get(candidate)
-        if found is None:
-            fixed, recomputed = self.costs.step_seconds, self.recomputed(candidate, pipeline)
-            rough = bounds.regular_bounds(self.costs, candidate, self.levels, recomputed=recomputed, enough=self.goal - fixed)
-            found = self.walks[candidate] = {sizes: (bound + fixed, False) for bound, group in rough for sizes in group}
-        return found
-
-    def recomputed(self, candidate: Decisions, pipeline: Pipeline) -> Callable[[tuple[int, ...]], tuple[float, ...]]:
-        """What each rank of a regular cut must recompute, from the mean of its fullest moments."""
-        means = mean_in_flight(*_shape(candidate))
-        needs = self.costs.bytes(candidate).values()
-        slack = max(0.0, *(-min(need.forward_transient, need.backward_transient, need.weight_transient) for need in needs))
-        return lambda sizes: forced_in_the_mean(pipeline, greedy.place(pipeline, list(sizes)), means, slack)
-
-    def dive(self) -> None:
-        """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""
-        rough = [(node.bound * (1 + (node.item.pipeline_parallel - 1) / node.item.num_microbatches / 8), node.item)
-                 for node in self.queue if isinstance(node.item, Degrees)]  # fmt: skip
-        looks: list[tuple[float, tuple[Any, ...], Decisions]] = []
-        for _, degrees in sorted(rough)[:DIVE_DEGREES]:
-            choice = sequence_parallel_choices(self.inputs, degrees, self.constraints)[0]
-            for order in sorted(rank_orders(degrees, self.constraints), key=lambda order: order.index("tp"))[:1]:
-                ways = shardings(self.inputs, degrees, order, self.constraints)
-                plain = [(zero, replicas) for zero, replicas in ways if zero in (1, 3) and replicas == 1]
-                for zero, replicas in plain or ways:
-                    layout = decisions_of(
-                        degrees, sequence_parallel=choice, rank_order=order, zero_stage=zero, data_parallel_replicate=replicas
-                    )
-                    looks.append((self.look(layout), _plainness(layout), layout))
-        guesses = [guess for _, _, layout in heapq.nsmallest(DIVE_LAYOUTS, looks) for guess in self.guesses(layout)]
-        fitting = 0
-        for _, _, candidate in heapq.nsmallest(DIVE_TRIES, guesses):
-            if bounds.rank_rooms(self.costs, candidate, least_in_flight(*_shape(candidate)), self.levels) is None:
-                continue
-            fitting += self.try_simple(candidate) is not None
-            if fitting == DIVE_FITTING:
-                break
-
-    def look(self, layout: Decisions) -> float:
-        """A guess of the step time with a schedule that fills and drains in an eighth of 1F1B's time."""
-        rooms = bounds.rank_rooms(self.costs, layout, least_in_flight(*_shape(layout)), self.levels)
-        p, m = layout.pipeline_parallel, layout.num_microbatches
-        if rooms is None:
-            return math.inf
-        tail = bounds.mean_tail(bounds.tail_of(self.costs, layout), self.costs.total_parameters(layout) / p)
-        return bounds.least_work(rooms, self.inputs.model.num_layers) * (m + (p - 1) / 8) / p + tail
-
-    def guesses(self, layout: Decisions) -> list[tuple[float, tuple[Any, ...], Decisions]]:
-        """A guess of the step time with each schedule, which takes longer where stages can't be equal."""
-        least, whole = bounds.least_stages(self.costs, layout, self.levels), self.whole(layout)
-        layers, found = self.inputs.model.num_layers + 2, []
-        for name, v in schedules(self.inputs, _degrees(layout), self.constraints):
-            candidate = replace(layout, schedule=name, num_virtual_stages=v)
-            if v == 1:
-                guess = bounds.schedule_bound(candidate, whole, least)
-                tails = bounds.tail_of(self.costs, layout)
-                guess += bounds.mean_tail(tails, self.costs.total_parameters(layout) / layout.pipeline_parallel)
-            else:
-                rough = bounds.regular_bounds(self.costs, candidate, self.levels)
-                stages = candidate.num_stages
-                guess = min(bound * (1 + 0.1 * (max(sizes[0][1:-1], default=1) * stages / layers - 1)) for bound, sizes in rough)
-            found.append((guess, _plainness(candidate), candidate))
-        return found
-
     def solve(self, candidate: Decisions, above: float) -> float:
         """Solves the ILP of a candidate, where cuts are regular one by one; gives the bound of what is not proven."""
         pipeline = self.costs.pipeline(candidate, self.levels)
@@ -432,36 +344,28 @@ class _Search:
             return self.solved(candidate, pipeline, above)
         if candidate not in self.others:
             self.try_simple(candidate)
-        self.pattern_walks(candidate, pipeline, every=True)
+        self.regular.walks(candidate, pipeline, self.goal, every=True)
         left = math.inf
-        for bound, sizes in self.pattern_bounds(candidate, pipeline, every=True):
+        for bound, sizes in self.regular.forced(candidate, pipeline, self.goal, every=True):
             if bound >= self.goal * (1 - TOLERANCE):
                 break
-            one = dataclasses.replace(pipeline, patterns=(sizes,), forced=self.forced[candidate, sizes].seconds)
-            one, bound = self.chosen(candidate, one, bound)
+            one, bound = self.regular.chosen(candidate, self.regular.one(candidate, pipeline, sizes), bound, self.goal)
             if bound >= self.goal * (1 - TOLERANCE):
                 continue
             start = self.starting(candidate, one, sizes)
             if start is not None:
-                better, paths = greedy.improve(one, graph(*_shape(candidate)), start)
+                better, paths = greedy.improve(one, graph(*shape_of(candidate)), start)
                 self.offer(candidate, one, better)
-                self.paths.setdefault(_shape(candidate), {}).update(dict.fromkeys(paths))
+                self.regular.pool(candidate).update(dict.fromkeys(paths))
             if all(one.choices):  # the relaxation finds paths, by which choices fall out
                 relaxed = self.program(candidate, one, bound, CUT_ROUNDS)
                 if relaxed.proven:
                     continue
-                one, bound = self.chosen(candidate, one, max(bound, relaxed.bound + self.costs.step_seconds))
+                one, bound = self.regular.chosen(candidate, one, max(bound, relaxed.bound + self.costs.step_seconds), self.goal)
                 if bound >= self.goal * (1 - TOLERANCE):
                     continue
             left = min(left, self.solved(candidate, one, bound))
         return left
-
-    def chosen(self, candidate: Decisions, one: Pipeline, above: float) -> tuple[Pipeline, float]:
-        """A pipeline of known sizes with the choices of each rank that may beat the goal, and its bound, infinite where none may."""
-        shape, fixed = _shape(candidate), self.costs.step_seconds
-        paths = list(dict.fromkeys([*rank_paths(*shape), *self.paths.get(shape, ())]))
-        found = rank_choices(one, greedy.place(one, list(one.patterns[0])), paths, self.goal - fixed)
-        return dataclasses.replace(one, choices=found.choices), max(above, found.bound + fixed)
 
     def starting(self, candidate: Decisions, pipeline: Pipeline, sizes: tuple[int, ...]) -> Counts | None:
         """Stages of these sizes that fit, if any are known or found at once."""
@@ -478,33 +382,11 @@ class _Search:
             self.offer(candidate, pipeline, solution.counts)
         return math.inf if solution.proven else max(above, solution.bound + self.costs.step_seconds)
 
-    def pattern_bounds(self, candidate: Decisions, pipeline: Pipeline, *, every: bool = False) -> list[tuple[float, tuple[int, ...]]]:
-        """The regular cuts with their walk's bound, raised by the recomputation that each rank's memory forces, least first.
-
-        Bounds of cuts above the least are only raised where `every` one is asked for.
-        """
-        shape, fixed = _shape(candidate), self.costs.step_seconds
-        found, least = [], self.goal
-        for bound, sizes in self.pattern_walks(candidate, pipeline):
-            if bound < least:
-                rows = greedy.place(pipeline, list(sizes))
-                need = self.forced.get((candidate, sizes))
-                if need is None:
-                    need = self.forced[candidate, sizes] = forced(pipeline, rows)
-                if any(need.seconds):
-                    paths = [*rank_paths(*shape), *self.paths.get(shape, ())]
-                    bound = max(bound, path_bound(paths, stage_seconds(pipeline, rows), need, pipeline.ranks) + fixed)
-                if not every:
-                    least = min(least, bound)
-            found.append((bound, sizes))
-        return sorted(found)
-
     def program(self, candidate: Decisions, pipeline: Pipeline, above: float, relaxed_rounds: int | None = None) -> Solution:
-        shape = _shape(candidate)
-        pool = self.paths.setdefault(shape, {})
+        pool = self.regular.pool(candidate)
         solution = solve_pipeline(
             pipeline,
-            graph(*shape),
+            graph(*shape_of(candidate)),
             cutoff=self.goal - self.costs.step_seconds,
             paths=list(pool)[-MAX_PATHS:],
             lower_bound=above - self.costs.step_seconds,
@@ -526,7 +408,7 @@ class _Search:
         if self.shared or self.inputs.cluster.efficiency.receive_seconds > 0.0:  # neither is in the graph
             seconds = predict_time(self.inputs, plan).time.step_seconds or math.inf
         else:
-            seconds = graph(*_shape(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
+            seconds = graph(*shape_of(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds
         found = Found(plan, seconds)
         if candidate not in self.others or seconds < self.others[candidate].seconds:
             self.others[candidate] = found
@@ -534,35 +416,6 @@ class _Search:
             better = seconds < self.cutoff
         else:
             tie = abs(seconds - self.best.seconds) <= 1e-9 * seconds
-            better = seconds < self.best.seconds if not tie else _plainness(candidate) < _plainness(self.best.decisions)
+            better = seconds < self.best.seconds if not tie else plainness(candidate) < plainness(self.best.decisions)
         if better:
             self.best = found
-
-
-def _shape(decisions: Decisions) -> tuple[str, int, int, int]:
-    return decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches
-
-
-def _degrees(decisions: Decisions) -> Degrees:
-    return Degrees(
-        decisions.tensor_parallel, decisions.pipeline_parallel, decisions.data_parallel, decisions.micro_batch_size, decisions.num_microbatches
-    )
-
-
-def _plainness(item: Degrees | Decisions) -> tuple[Any, ...]:
-    """Orders candidates with equal bounds from plain to exotic, and makes the search deterministic."""
-    if isinstance(item, Degrees):
-        return (0, *item)
-    return (
-        1,
-        SCHEDULE_ORDER.index(item.schedule),
-        item.num_virtual_stages,
-        item.zero_stage,
-        item.data_parallel_replicate,
-        item.rank_order != ("tp", "dp", "pp"),
-        item.pipeline_parallel,
-        item.tensor_parallel,
-        item.micro_batch_size,
-        item.sequence_parallel,
-        item.rank_order,
-    )

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     {"errors"}, {"documents"}, {"model", "cluster"}, {"plan"}, {"graph", "trace", "schedule"}, {"timeline"}, {"run"}, {"memory", "timing"},
-    {"estimate"}, {"solver"}, {"search"}, {"export", "compare", "published", "paradigms"}, {"tables", "report"}, {"cli"},
+    {"estimate"}, {"program"}, {"solver"}, {"regular", "dive"}, {"explore"}, {"search"},
+    {"export", "compare", "published", "paradigms"}, {"tables", "report"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-HOMES = {"pulp": {"solver"}, "highspy": {"solver"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
+HOMES = {"pulp": {"program"}, "highspy": {"program"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
 EXECUTOR_MAY = {
     "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "correction", "measurements",
     "either", "chain_plan", "traced", "trace",
