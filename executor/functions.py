@@ -211,7 +211,8 @@ def sum_partials(state: State, x: torch.Tensor) -> torch.Tensor:
 
 
 class NormLinear(torch.autograd.Function):
-    """norm, then a column-parallel linear: y = norm(x) W^T + b; with `query_key`, then what it does to the query and key heads.
+    """norm, then column-parallel linears, a result for each: y = norm(x) W^T + b; with `query_key`, then what it does to the query and key heads of
+    the first. However many they are, norm(x) is gathered once, and its gradient summed once.
 
     Saves x (h), the norm's statistics, and norm(x) (h) unless `lean`, which computes it again; and what `query_key` saves. Under sequence parallelism
     x and norm(x) are this rank's rows; norm(x) is gathered again for the weight gradient.
@@ -219,22 +220,22 @@ class NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, state: State, unit: Unit, norm: str, linear: str, lean: bool, query_key: QueryKey | None
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, state: State, unit: Unit, norm: str, linears: tuple[str, ...], lean: bool, query_key: QueryKey | None
+    ) -> tuple[torch.Tensor, ...]:
         w = unit.w
         normed, *statistics = norm_forward(state, x, w[f"{norm}.gain"], w.get(f"{norm}.bias"))
-        ctx.state, ctx.unit, ctx.norm, ctx.linear, ctx.lean, ctx.query_key = state, unit, norm, linear, lean, query_key
+        ctx.state, ctx.unit, ctx.norm, ctx.linears, ctx.lean, ctx.query_key = state, unit, norm, linears, lean, query_key
         whole = gather_tokens(state, normed)
-        y = linear_forward(whole, w[f"{linear}.weight"], w.get(f"{linear}.bias"))
-        heads = query_key.forward_(y, unit) if query_key is not None else ()
+        results = tuple(linear_forward(whole, w[f"{linear}.weight"], w.get(f"{linear}.bias")) for linear in linears)
+        heads = query_key.forward_(results[0], unit) if query_key is not None else ()
         ctx.num_heads_saved = len(heads)
         ctx.save_for_backward(*heads, x, *statistics, *(() if lean else (normed,)))
-        return y
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        state, unit, norm, linear = ctx.state, ctx.unit, ctx.norm, ctx.linear
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        state, unit, norm, linears = ctx.state, ctx.unit, ctx.norm, ctx.linears
         w = unit.w
         saved = ctx.saved_tensors
         heads, (x, *statistics) = saved[: ctx.num_heads_saved], saved[ctx.num_heads_saved :]
@@ -242,8 +243,10 @@ class NormLinear(torch.autograd.Function):
         statistics = tuple(statistics)
         gain, bias = w[f"{norm}.gain"], w.get(f"{norm}.bias")
         if ctx.query_key is not None:
-            ctx.query_key.backward_(dy, unit, heads, lambda key, gradient: put_off_addition(state, unit, key, gradient))
-        dwhole = dy @ w[f"{linear}.weight"]
+            ctx.query_key.backward_(gradients[0], unit, heads, lambda key, gradient: put_off_addition(state, unit, key, gradient))
+        dwhole = gradients[0] @ w[f"{linears[0]}.weight"]
+        for linear, dy in zip(linears[1:], gradients[1:], strict=True):
+            dwhole.addmm_(dy, w[f"{linear}.weight"])
         if state.sequence_parallel:
             dnormed = dwhole.new_empty(x.shape)
             work = state.tp.reduce_scatter(dnormed, dwhole, wait=False)
@@ -255,7 +258,9 @@ class NormLinear(torch.autograd.Function):
 
         def add() -> None:
             again = norm_again(state, x, statistics, *late) if normed is None else normed
-            linear_weight_gradient(unit, linear, dy, gather_tokens(state, again))
+            whole = gather_tokens(state, again)
+            for linear, dy in zip(linears, gradients, strict=True):
+                linear_weight_gradient(unit, linear, dy, whole)
 
         state.weight_gradient(add)
         work.wait()
@@ -327,6 +332,54 @@ class RowLinear(torch.autograd.Function):
         state.weight_gradient(add)
         du = activation_backward(state, da, u) if activate else da
         return du, dy if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+class RowLinears(torch.autograd.Function):
+    """The second linears of attention and of an MLP beside it, whose partial results are added up before their one sum over ranks:
+    y = Σ (mixed W1^T + a W2^T) + biases + residual with a = act(u). Saves what the two by themselves would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: torch.Tensor, u: torch.Tensor, residual: torch.Tensor | None, state: State, unit: Unit, linears: tuple[str, str], lean: bool
+    ) -> torch.Tensor:
+        w = unit.w
+        first, second = linears
+        a = activation_forward(state, u)
+        ctx.state, ctx.unit, ctx.linears = state, unit, linears
+        ctx.save_for_backward(mixed, u, *(() if lean else (a,)))
+        partial = (mixed @ w[f"{first}.weight"].t()).addmm_(a, w[f"{second}.weight"].t())
+        del a
+        y = sum_partials(state, partial)
+        if residual is not None:
+            y.add_(residual)
+        for linear in linears:
+            if f"{linear}.bias" in w:
+                y.add_(w[f"{linear}.bias"])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        state, unit = ctx.state, ctx.unit
+        first, second = ctx.linears
+        mixed, u, *rest = ctx.saved_tensors
+        dwhole = gather_tokens(state, dy)
+        biased = [f"{linear}.bias" for linear in ctx.linears if f"{linear}.bias" in unit.keys]
+        dbias = dy.sum(0) if biased else None
+        da = dwhole @ unit.w[f"{second}.weight"]
+
+        def add() -> None:
+            again = rest[0] if rest else activation_forward(state, u)
+            unit.gradient(f"{second}.weight").addmm_(dwhole.t(), again)
+            unit.gradient(f"{first}.weight").addmm_(dwhole.t(), mixed)
+            for key in biased:
+                unit.gradient(key).add_(dbias)
+
+        state.weight_gradient(add)
+        du = activation_backward(state, da, u)
+        del da
+        dmixed = dwhole @ unit.w[f"{first}.weight"]
+        return dmixed, du, dy if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

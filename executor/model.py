@@ -17,7 +17,7 @@ from msgspec import UNSET
 from torch.utils.checkpoint import checkpoint
 
 from executor.attention import Scores, UnfusedAttention, attention, make_alibi, make_rope, make_window
-from executor.functions import Norm, NormLinear, RowLinear, State
+from executor.functions import Norm, NormLinear, RowLinear, RowLinears, State
 from executor.mesh import Mesh
 from executor.norms import QueryKey
 from executor.units import Entry, Layout, Piece, Unit, make_layout
@@ -156,7 +156,8 @@ class Shape:
     unfused_attention: bool = False
     parallel_block: bool = False
     """Whether the MLP reads the block's input, as attention does."""
-    mlp_norm: str = "norm2"
+    shared_norm: bool = False
+    """Whether it reads it through attention's norm (one norm)."""
     branch_norms: bool = False
     """Whether what attention and MLP give goes through a norm before it is added (four norms)."""
 
@@ -201,26 +202,49 @@ class Block:
     query_key: QueryKey | None
 
 
-def _block_forward(x: torch.Tensor, state: State, unit: Unit, block: Block, lean: bool) -> torch.Tensor:
-    """One pre-norm transformer block, its MLP after its attention or beside it."""
+def _mix(qkv: torch.Tensor, block: Block, lean: bool) -> torch.Tensor:
+    """Attention between its projections."""
     shape = block.shape
-    qkv = NormLinear.apply(x, state, unit, "norm1", "qkv", lean, block.query_key)
-    if shape.unfused_attention:
-        mixed = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, block.scores)
+    if not shape.unfused_attention:
+        return attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, block.scores)
+    mixed: torch.Tensor = UnfusedAttention.apply(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, shape.dropout, lean, block.scores)
+    return mixed
+
+
+def _parallel_block_forward(x: torch.Tensor, state: State, unit: Unit, block: Block, lean: bool) -> torch.Tensor:
+    """One pre-norm transformer block whose MLP reads the block's input, as attention does; dropout is of the sum of both."""
+    shape = block.shape
+    if shape.shared_norm:
+        qkv, inner = NormLinear.apply(x, state, unit, "norm1", ("qkv", "up"), lean, block.query_key)
     else:
-        mixed = attention(qkv, shape.micro_batch_size, shape.heads, shape.head_dim, block.scores)
+        (qkv,) = NormLinear.apply(x, state, unit, "norm1", ("qkv",), lean, block.query_key)
+    mixed = _mix(qkv, block, lean)
+    del qkv
+    if not shape.shared_norm:
+        (inner,) = NormLinear.apply(x, state, unit, "norm2", ("up",), lean, None)
+    if shape.dropout:
+        return x + F.dropout(RowLinears.apply(mixed, inner, None, state, unit, ("output", "down"), lean), shape.dropout)
+    out: torch.Tensor = RowLinears.apply(mixed, inner, x, state, unit, ("output", "down"), lean)
+    return out
+
+
+def _block_forward(x: torch.Tensor, state: State, unit: Unit, block: Block, lean: bool) -> torch.Tensor:
+    """One pre-norm transformer block, its MLP after its attention."""
+    shape = block.shape
+    (qkv,) = NormLinear.apply(x, state, unit, "norm1", ("qkv",), lean, block.query_key)
+    mixed = _mix(qkv, block, lean)
     del qkv
     if not shape.dropout and not shape.branch_norms:
         attended = RowLinear.apply(mixed, x, state, unit, "output", False, lean)
         del mixed
-        inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
+        (inner,) = NormLinear.apply(attended, state, unit, "norm2", ("up",), lean, None)
         out: torch.Tensor = RowLinear.apply(inner, attended, state, unit, "down", True, lean)
         return out
     branch = RowLinear.apply(mixed, None, state, unit, "output", False, lean)
     del mixed
     attended = _add_branch(branch, x, state, unit, "norm3", shape)
     del branch
-    inner = NormLinear.apply(x if shape.parallel_block else attended, state, unit, shape.mlp_norm, "up", lean, None)
+    (inner,) = NormLinear.apply(attended, state, unit, "norm2", ("up",), lean, None)
     return _add_branch(RowLinear.apply(inner, None, state, unit, "down", True, lean), attended, state, unit, "norm4", shape)
 
 
@@ -287,9 +311,9 @@ def build_stages(
     key_heads = max(1, model.num_key_value_heads // degree)
     heads = (model.num_attention_heads // degree, key_heads, key_heads)
     rows = tokens // degree if decisions.sequence_parallel else tokens
-    mlp_norm = "norm1" if model.num_norms_per_layer == 1 else "norm2"
+    shared_norm = model.num_norms_per_layer == 1
     branch_norms = model.num_norms_per_layer == 4
-    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, model.parallel_block, mlp_norm, branch_norms)
+    shape = Shape(batch, sequence_length, rows, heads, model.head_dim, dropout, unfused_attention, model.parallel_block, shared_norm, branch_norms)
     rope = make_rope(sequence_length, heads[0] + heads[1], model, device) if model.position_embedding == "rope" else None
     query_key = QueryKey(heads[:2], model.head_dim, rope, model.norm_epsilon, model.qk_norm) if rope is not None or model.qk_norm else None
     scores_of = _make_scores(model, sequence_length, unfused_attention, rank * heads[0], (rank + 1) * heads[0], dtype, device)
@@ -384,12 +408,13 @@ def _add_blocks(
 
 def _make_block(state: State, unit: Unit, block: Block, level: Recompute) -> Forward:
     lean = level == "selective"
+    run = _parallel_block_forward if block.shape.parallel_block else _block_forward
     if level != "full":
-        return lambda x, _: _block_forward(x, state, unit, block, lean)
+        return lambda x, _: run(x, state, unit, block, lean)
 
     def forward(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = checkpoint(
-            _block_forward,
+            run,
             x,
             state,
             unit,

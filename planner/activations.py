@@ -220,8 +220,77 @@ def branch_norm_backward(tape: Tape, s: Shape, split: bool) -> None:
 # layers
 
 
+def parallel_block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
+    """As `block_forward`, the MLP beside attention."""
+    before = tape.live
+    lean = level == "selective"
+    free = level == "full"
+    norm_linear_forward(tape, s, s.qkv + (s.up if s.shared_norm else 0), lean, heads=True)
+    if free:
+        tape.give(s.row + s.stats + s.head_norms)
+    attention_forward(tape, s, lean)
+    if free:
+        tape.give(s.head_stats + s.scores + s.qkv)
+    if not s.shared_norm:
+        norm_linear_forward(tape, s, s.up, lean)
+        if free:
+            tape.give(s.row + s.stats)
+    tape.take(s.inner)
+    row_linear_forward(tape, s)
+    if lean:
+        tape.give(s.inner)
+    if free:
+        tape.live = before + s.row
+
+
+def parallel_block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bool) -> None:
+    """As `block_backward`, the MLP beside attention."""
+    lean = level == "selective"
+    if level == "full":
+        parallel_block_forward(tape, s, "none")
+        tape.give(s.row)
+    bias = s.hidden * s.e if s.biases else 0
+    kept = split and not s.sequence_parallel
+    tape.take(s.gathered)
+    with tape.during(s.inner):
+        tape.take(bias)
+        if not split:
+            tape.take_buffer(s.gradients_buffer)
+            with tape.during(s.inner if lean else 0):
+                pass
+        activation_backward(tape, s)
+    tape.take(s.query)
+    if not split:
+        tape.give(s.gathered + bias + s.up + (0 if lean else s.inner))
+    if not s.shared_norm:
+        norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
+        tape.take(0 if split else s.row)  # the block's input, which attention's norm still needs
+        sum_gradients(tape, s, held=held or kept)
+    attention_backward(tape, s, lean, split)
+    norm_linear_backward(tape, s, s.qkv + (s.up if s.shared_norm else 0), lean, split, heads=True, bias=s.biases)
+    sum_gradients(tape, s, held=(held or kept) and s.shared_norm)
+
+
+def parallel_block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
+    """As `block_weights`, the MLP beside attention."""
+    lean = level == "selective"
+    tape.take_buffer(s.gradients_buffer)
+    with tape.during(s.inner if lean else 0):
+        pass
+    tape.give(s.whole + (s.hidden * s.e if s.biases else 0) + s.up + (0 if lean else s.inner) + s.query)
+    norm = s.stats + (s.late_gains if lean else s.row) + s.gains
+    if not s.shared_norm:
+        norm_linear_weights(tape, s, s.up, lean, bias=s.biases)
+        tape.give(s.up + norm)
+    output = s.qkv + (s.up if s.shared_norm else 0)
+    norm_linear_weights(tape, s, output, lean, bias=s.biases)
+    tape.give(output + norm + s.row + sum(part.gains for part in s.normed_heads))
+
+
 def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     """Leaves what the block keeps and its output; its input is there before."""
+    if s.parallel:
+        return parallel_block_forward(tape, s, level)
     before = tape.live
     lean = level == "selective"
     free = level == "full"
@@ -243,8 +312,6 @@ def block_forward(tape: Tape, s: Shape, level: Recompute) -> None:
     branch_norm_forward(tape, s, free)
     if lean:
         tape.give(s.inner)
-    if s.parallel:  # attention's output and the residual, which no norm reads
-        tape.give(s.row)
     if free:
         tape.live = before + s.row
 
@@ -254,6 +321,8 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
 
     Frees what the block kept, or with `split` leaves what its weight gradients need. An output gradient that is `held` elsewhere stays.
     """
+    if s.parallel:
+        return parallel_block_backward(tape, s, level, held, split)
     lean = level == "selective"
     if level == "full":
         # once more forward; the output is made, and dropped since the backward pass does not need it
@@ -277,10 +346,7 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
     if not split:
         tape.give(s.gathered + bias + s.up + (0 if lean else s.inner))
     norm_linear_backward(tape, s, s.up, lean, split, bias=s.biases)
-    if s.parallel:
-        tape.take(0 if split else s.row)  # the block's input, which attention's norm still needs
-    else:
-        sum_gradients(tape, s, held=held or kept)
+    sum_gradients(tape, s, held=held or kept)
     branch_norm_backward(tape, s, split)
     tape.take(s.gathered)
     tape.take(s.query)
@@ -288,15 +354,15 @@ def block_backward(tape: Tape, s: Shape, level: Recompute, held: bool, split: bo
     tape.give(branch)
     if not split:
         tape.give(s.gathered + bias)
-    if s.parallel:
-        sum_gradients(tape, s, held=held or kept)
     attention_backward(tape, s, lean, split)
     norm_linear_backward(tape, s, s.qkv, lean, split, heads=True, bias=s.biases)
-    sum_gradients(tape, s, held=kept and not s.parallel)
+    sum_gradients(tape, s, held=kept)
 
 
 def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
     """The weight gradients that a split backward pass put off; frees all that it left."""
+    if s.parallel:
+        return parallel_block_weights(tape, s, level)
     lean = level == "selective"
     bias = s.hidden * s.e if s.biases else 0
     gradient = s.whole
@@ -307,7 +373,7 @@ def block_weights(tape: Tape, s: Shape, level: Recompute) -> None:
     tape.give(gradient + bias + s.up + (0 if lean else s.inner))
     norm_linear_weights(tape, s, s.up, lean, bias=s.biases)
     norm = s.stats + (s.late_gains if lean else s.row) + s.row + s.gains
-    tape.give(s.up + norm - (s.row if s.parallel else 0))
+    tape.give(s.up + norm)
     tape.give(gradient + bias + s.query)
     norm_linear_weights(tape, s, s.qkv, lean, bias=s.biases)
     tape.give(s.qkv + norm + sum(part.gains for part in s.normed_heads))

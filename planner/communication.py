@@ -23,10 +23,11 @@ def communication_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: int
 
 
 def _tensor_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> float:
-    """Per block and micro-batch two sums of b·s·h partial results forward and two backward (Shoeybi et al. 2019, section 3).
+    """Per block and micro-batch two sums of b·s·h partial results forward and two backward (Shoeybi et al. 2019, section 3); where the MLP is beside
+    attention one forward, and one backward if both read the same norm.
 
-    Under sequence parallelism each sum is a reduce-scatter with an all-gather beside it, of the same bytes together, and the
-    backward pass gathers the inputs of its two column-parallel linears once more (Korthikanti et al. 2022, section 4.2.2).
+    Under sequence parallelism each sum is a reduce-scatter, and what a norm or a gradient gives is gathered, half the bytes of a sum each; the
+    backward pass gathers the norms' outputs once more (Korthikanti et al. 2022, section 4.2.2).
     Full recomputation repeats the forward pass. Once a step (every micro-batch with ZeRO-2 and 3) the gradients are summed of what
     several ranks hold: norms and biases under sequence parallelism, and key-value heads that are fewer than the ranks.
     """
@@ -38,9 +39,13 @@ def _tensor_parallel(inputs: Inputs, decisions: Decisions, stage: Stage) -> floa
     share = (t - 1) / t
     activations = share * tokens * model.hidden_size * element_bytes(inputs.training.precision)
     total = 0.0
+    outputs = 1 if model.parallel_block else 2
+    norms = 1 if model.num_norms_per_layer == 1 else 2  # whose outputs linears read
     for level in block_levels(stage, model):
-        forward = 2 * 2 * activations
-        backward = 2 * 2 * activations + (2 * activations if decisions.sequence_parallel else 0)
+        if decisions.sequence_parallel:
+            forward, backward = (norms + outputs) * activations, (outputs + 2 * norms) * activations
+        else:
+            forward, backward = 2 * outputs * activations, 2 * norms * activations
         total += forward * (2 if level == "full" else 1) + backward
     if has_embedding(stage):
         total += 2 * activations

@@ -86,6 +86,8 @@ class Shape:
     biases: bool
     parallel: bool
     """Whether the MLP reads the block's input, as attention does."""
+    shared_norm: bool
+    """Whether through attention's norm (one norm a block)."""
     split: bool
     """Whether t > 1."""
     sequence_parallel: bool
@@ -193,6 +195,7 @@ def _shape(
         relu=model.activation == "relu",
         biases=model.mlp_bias,
         parallel=model.parallel_block,
+        shared_norm=model.num_norms_per_layer == 1,
         split=t > 1,
         sequence_parallel=sequence_parallel,
         positions=model.num_position_embeddings > 0,

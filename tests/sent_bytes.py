@@ -23,7 +23,8 @@ def work(rank: int, world: int, store: str, documents: list[Any], output: str) -
     found = []
     for document in documents:
         plan = convert(document, Plan, "a test's plan", SCHEMA)
-        mesh = make_mesh(plan.decisions, rank, timeout_seconds=60)
+        copies = max(1, plan.decisions.tensor_parallel // plan.inputs.model.num_key_value_heads)
+        mesh = make_mesh(plan.decisions, rank, key_value_copies=copies, timeout_seconds=60)
         trainer = Trainer(plan, mesh, RunOptions(), torch.device("cpu"))
         model, training = plan.inputs.model, plan.inputs.training
         trainer.load(Data(open_tokens(None, model.vocab_size), model.vocab_size, training.sequence_length, training.global_batch_size, 0))

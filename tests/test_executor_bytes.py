@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the executor needs torch")
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import parity
 from plans import make_plan
 from sent_bytes import work
 
@@ -21,6 +25,13 @@ PLANS: dict[int, tuple[dict[str, Any], ...]] = {
     2: (
         *({"model": model, "dp": 2, "m": 2, "zero_stage": zero} for model in ("tiny-gpt", "tiny-llama") for zero in range(4)),
         {"model": "tiny-gpt", "tp": 2, "m": 2},
+        {"model": "tiny-gpt", "tp": 2, "m": 2, "sequence_parallel": True},
+        *(
+            {"model": parity.model_of(family), "tp": 2, "m": 2, "sequence_parallel": together, "recompute": recompute}
+            for family in ("neox", "gptj", "falcon")
+            for together in (False, True)
+            for recompute in ("none", "full")
+        ),
     ),
     4: (
         {"model": "tiny-gpt", "dp": 2, "pp": 2, "m": 4, "zero_stage": 3},
