@@ -162,8 +162,20 @@ def _block(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
         elementwise += elementwise_seconds(cluster, program.cast_bytes * (inward + parameters), 8)
         backward += elementwise_seconds(cluster, program.cast_bytes * outward, 8)
     weight += elementwise_seconds(cluster, parameters * program.accumulation_bytes * (size / 2), 4)
-    communication = residuals * _sum_seconds(cluster, decisions, program, float(n * h * size))
-    return _Parts(forward, elementwise, core, pointwise, backward, weight, communication, communication)
+    one_sum = _sum_seconds(cluster, decisions, program, float(n * h * size))
+    sums_forward, sums_backward = _num_sums(model, decisions, program)
+    return _Parts(forward, elementwise, core, pointwise, backward, weight, sums_forward * one_sum, sums_backward * one_sum)
+
+
+def _num_sums(model: ModelSpec, decisions: Decisions, program: Software) -> tuple[float, float]:
+    """A block's sums over the tensor-parallel ranks, forward and backward: two each, one each where the MLP is beside attention. Our executor sums
+    the gradients of two norms' outputs apart, and under sequence parallelism gathers these apart: forward three halves of a sum, backward five, of
+    which `_backward_communication` makes three of each sum given here."""
+    if not model.parallel_block:
+        return 2.0, 2.0
+    if model.num_norms_per_layer == 1 or not program.collective_per_layer:
+        return 1.0, 1.0
+    return (1.5, 5 / 3) if decisions.sequence_parallel else (1.0, 2.0)
 
 
 def _sum_seconds(cluster: ClusterSpec, decisions: Decisions, program: Software, num_bytes: float) -> float:

@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from planner import cluster, economics, model
+from planner.communication import communication_bytes
 from planner.kernels import elementwise_seconds, matmul_seconds, slowest_node_factor
+from planner.layer_time import timed_layer
 from planner.network import Group, all_gather_seconds, all_reduce_seconds, axis_group, reduce_scatter_seconds
 from planner.plan import Decisions, Inputs, Training, check, even_stages, stage_ranks
 from planner.software import load_software, presets
@@ -155,6 +157,23 @@ def test_each_tensor_parallel_sum_takes_the_program_s_own_time():
     inputs, decisions = case("gpt2", tp=1)
     plain, later = (layer_seconds(inputs, decisions, "block", "none", software) for software in (program, slow))
     assert plain == later
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("pythia-1.4b", {}), ("pythia-1.4b", {"num_norms_per_layer": 1})])
+def test_a_block_of_our_executor_communicates_for_as_long_as_the_bytes_that_it_sends(name, changes, together):
+    inputs, decisions = case(name, tp=2, profile="meshwright", sequence_parallel=together)
+    network = changed(inputs.cluster.intra_node, latency_seconds=0.0)
+    inputs = changed(inputs, cluster=changed(inputs.cluster, intra_node=network), model=model.replace(inputs.model, **changes))
+    program = load_software("meshwright")
+    tokens = decisions.micro_batch_size * inputs.training.sequence_length
+    half = all_gather_seconds(axis_group(inputs.cluster, decisions, "tp"), float(tokens * inputs.model.hidden_size * 2))
+    fewer = changed(inputs, model=model.replace(inputs.model, num_layers=inputs.model.num_layers - 1))
+    stages = even_stages(fewer.model, "1F1B", 1, 1, "none")
+    sent = communication_bytes(inputs, decisions, 0)["tp"] - communication_bytes(fewer, changed(decisions, stages=stages), 0)["tp"]
+    replicated = sent % (tokens * inputs.model.hidden_size)  # the gradients of norms and biases, once a step
+    halves = (sent - replicated) / decisions.num_microbatches / (tokens * inputs.model.hidden_size)
+    assert timed_layer(inputs, decisions, "block", "none", program)[1] == pytest.approx(halves * half, rel=1e-6)
 
 
 def test_twice_the_rows_take_at_most_twice_the_time():
