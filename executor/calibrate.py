@@ -123,6 +123,7 @@ def measure(device: torch.device, local_rank: int, per_node: int, say: Any) -> M
         gpus_per_node=per_node,
         cores_per_node=cores,
         memory_bytes=_memory_bytes(device, per_node),
+        reserved_bytes=0 if cuda else _process_bytes(),
         num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
         matmuls=matmuls,
         memory=memory,
@@ -156,6 +157,13 @@ def _memory_bytes(device: torch.device, per_node: int) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available // per_node)
+
+
+def _process_bytes() -> int:
+    """What a rank on CPUs takes of its share before any tensor: interpreter, torch, groups."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def report(residuals: tuple[Residual, ...]) -> None:
