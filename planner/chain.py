@@ -72,8 +72,10 @@ def layer_load(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute:
 class Costs:
     """The memory and time models for one set of inputs, each figure asked for once."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, *, free_cuts: bool = False) -> None:
         self.inputs = inputs
+        self.free_cuts = free_cuts
+        """Whether cuts are free with several stages per rank, too."""
         self.software = software_of(inputs)
         self.capacity = capacity_bytes(inputs)
         self.step_seconds = self.software.step_seconds
@@ -323,8 +325,12 @@ class Costs:
             fixed_seconds=self.fixed_seconds(decisions),
             reduce_pieces=self.reduce_pieces(decisions),
             optimizer_piece=self.optimizer_piece(decisions),
-            patterns=regular_sizes(self.inputs.model.num_layers, decisions.num_stages) if decisions.num_virtual_stages > 1 else (),
+            patterns=regular_sizes(self.inputs.model.num_layers, decisions.num_stages) if self.are_regular(decisions) else (),
         )
+
+    def are_regular(self, decisions: Decisions) -> bool:
+        """Whether the cuts of a candidate are regular."""
+        return decisions.num_virtual_stages > 1 and not self.free_cuts
 
 
 @functools.lru_cache(maxsize=256)

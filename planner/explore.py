@@ -26,6 +26,7 @@ it, and what was opened has been solved. So the result is optimal over the whole
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 import time
@@ -107,7 +108,14 @@ class Outcome(NamedTuple):
 
 def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) -> Outcome:
     """The best candidate with its stages, and the bound on all. With `cutoff` only faster ones are looked for."""
-    return _Search(costs, constraints, cutoff).run()
+    if not constraints.free_cuts:
+        return _Search(costs, constraints, cutoff).run()
+    first = _Search(costs, dataclasses.replace(constraints, free_cuts=False), cutoff)
+    regular = first.run()
+    second = _Search(Costs(costs.inputs, free_cuts=True), constraints, cutoff)
+    second.started, second.deadline = first.started, first.deadline
+    second.best, second.others = regular.best, {replace(found.decisions, stages=()): found for found in regular.others}
+    return second.run()
 
 
 class _Search:
@@ -187,7 +195,7 @@ class _Search:
             self.push(self.room_bound(node.item, node.bound), ROOM, node.item)
         elif node.level == RELAXED:
             return self.solve(node.item, node.bound)
-        elif node.item.num_virtual_stages > 1:
+        elif self.costs.are_regular(node.item):
             self.bound_cuts(node.item, node.bound, node.level)
         else:
             self.relax(node.item, node.bound)
@@ -268,7 +276,7 @@ class _Search:
     def room_bound(self, candidate: Decisions, above: float) -> float:
         """The bound with the recomputation that memory forces; infinite if the blocks don't fit within the goal."""
         costs, blocks = self.costs, self.inputs.model.num_layers
-        if candidate.num_virtual_stages > 1:
+        if costs.are_regular(candidate):
             above = max(above, bounds.regular_bound(costs, candidate, self.levels) + costs.step_seconds)
             if above >= self.goal * (1 - TOLERANCE):
                 return math.inf

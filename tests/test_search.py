@@ -257,3 +257,23 @@ def test_shared_cores_are_walked_and_the_gap_is_said():
     plan = search(inputs)
     assert plan.solver.objective_seconds == pytest.approx(plan.predictions.time.step_seconds)
     assert plan.solver.status.startswith("not proven") and plan.solver.bound_seconds <= plan.solver.objective_seconds
+
+
+@pytest.mark.parametrize(("schedule", "v"), [("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 2), ("Interleaved1F1B", 3)])
+def test_free_cuts_with_several_stages_a_rank_equal_enumeration(schedule, v):
+    model = replace(load_model("gpt2"), name="a-large-vocabulary", num_layers=8, vocab_size=150_000)
+    inputs = Inputs(model=model, cluster=load_cluster("a100-80gb:2"), training=Training(global_batch_size=8, sequence_length=512))
+    fixed = Fixed(pipeline_parallel=2, tensor_parallel=1, micro_batch_size=1, schedule=schedule, num_virtual_stages=v, recompute="none")
+    constraints = Constraints(fixed=fixed, accepted_gap=0.0)
+    regular, free = search(inputs, constraints), search(inputs, dataclasses.replace(constraints, free_cuts=True))
+    candidate, best = replace(free.decisions, stages=()), math.inf
+    for cuts in itertools.combinations(range(1, 10), 2 * v - 1):
+        sizes = [b - a for a, b in itertools.pairwise((0, *cuts, 10))]
+        ends = [(int(stage == 0), int(stage == 2 * v - 1)) for stage in range(2 * v)]
+        counts = tuple(((first,), (size - first - last, 0, 0), (last,)) for size, (first, last) in zip(sizes, ends, strict=True))
+        plan = replace(candidate, stages=stages_of(candidate, counts, LEVELS))
+        best = min(best, predict_time(inputs, plan).time.step_seconds)
+    assert free.solver.status == "optimal"
+    assert free.solver.objective_seconds == pytest.approx(best, rel=2e-6)
+    assert free.solver.objective_seconds <= regular.solver.objective_seconds * (1 + 1e-9)
+    assert free.predictions.time.step_seconds == pytest.approx(best, rel=2e-6)

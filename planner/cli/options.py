@@ -163,6 +163,7 @@ _SOLVER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--forbid", multiple=True, metavar="DECISION=VALUE", help="A value that a decision must not take: schedule=GPipe. Repeatable."),
     click.option("--rank-order", metavar="AXES", help="Mesh axes from the fastest varying: tp-dp-pp."),
+    click.option("--free-cuts", is_flag=True, help="Cut anywhere with several stages a rank, too; a proof then takes minutes."),
     click.option("--solver", type=choice(("HiGHS", "CBC")), help="Default: HiGHS, or CBC where it is missing."),
 )
 
@@ -194,6 +195,7 @@ def constraints_of(options: dict[str, Any]) -> Constraints:
         forbidden=tuple(forbidden),
         time_limit_seconds=options.pop("time_limit"),
         accepted_gap=options.pop("gap"),
+        free_cuts=options.pop("free_cuts"),
         solver=options.pop("solver"),
     )
 
