@@ -1,16 +1,22 @@
-"""One command for a machine with one GPU: `python3 benchmarks/gpu.py [-o NAME] [--packages FOLDER] [--device cpu]`.
+r"""One command for a machine with one GPU: `python3 benchmarks/gpu.py [-o NAME] [--packages FOLDER] [--cluster FILE] [--device cpu]`.
 
-Needs torch 2.11 or newer with CUDA and the planner's own dependencies; where there is no network, bring what is missing along
-(`pip install --target FOLDER msgspec networkx psutil`, for that machine's Python) and name it with --packages. It
+Needs torch 2.11 or newer with CUDA and the planner's own dependencies; where there is no network, bring what is missing along and name it
+with --packages, with that machine's Python:
 
-1. calibrates the GPU, as `plan calibrate` does;
+    pip install --no-deps --target FOLDER msgspec networkx psutil \
+        torchtitan==0.2.2 torchdata datasets dill multiprocess tyro docstring_parser typeguard
+
+(all but the first three are torchtitan's, whose row says "not installed" without them). It
+
+1. calibrates the GPU, as `plan calibrate` does (--cluster FILE takes an earlier calibration's file instead);
 2. trains ten plans on it, and compares predicted with measured peak memory (the allocator's) and step time;
 3. runs single ranks of big plans by `plan dry-run --device cuda`, and compares their peak with the prediction;
-4. measures tokens/s and MFU beside a plain PyTorch loop of the same shape.
+4. measures tokens/s and MFU beside a plain PyTorch loop and torchtitan's Llama, both at the same shape.
 
-Results go to benchmarks/results/DATE-gpu.txt and .json, the cluster file to DATE-gpu-cluster.json. Exit status 2 without a GPU.
-With `--device cpu` it goes through the same motions on this machine's CPU with tiny models, in a minute, prints what it found and writes no
-results: to see that the command itself is whole before a GPU is lent.
+Results go to benchmarks/results/DATE-gpu.txt and .json after every row, so that a lease which ends early leaves what was measured; the
+cluster file goes to DATE-gpu-cluster.json. Exit status 1 when a row failed, 2 without a GPU. With `--device cpu` it goes through the same
+motions on this machine's CPU with tiny models, in a minute, prints what it found and writes no results: to see that the command itself is
+whole before a GPU is lent.
 """
 
 from __future__ import annotations
@@ -19,12 +25,10 @@ import argparse
 import datetime
 import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,10 @@ def python(*arguments: str, timeout: float = 400.0) -> subprocess.CompletedProce
     """This Python with arguments, in the repository's root."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    try:
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no end after {timeout:.0f} s\n")
 
 
 def models(device: str) -> dict[str, Any]:
@@ -125,64 +132,57 @@ def dry_run(folder: str, plan: Any, rank: int, device: str) -> tuple[int, int] |
     return found["memory"]["total_bytes"], plan.predictions.pipeline_ranks[found["pipeline_rank"]].memory.total_bytes
 
 
-def plain_loop(model: Any, micro_batch_size: int, num_microbatches: int, steps: int, device: str) -> float:
-    """Seconds of a step of an ordinary PyTorch Llama in bf16 with fused AdamW, nothing of this package in it."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
+def compare_throughput(data: dict[str, Any], plan: Any, title: str, cluster: Any, steps: int, device: str) -> Iterator[None]:
+    """Adds a row for each program, Meshwright's own first, whose step the row of `title` has measured."""
+    from benchmarks.gpu_baselines import PROGRAMS, throughput
+    from planner.graph import training_flops_per_token
+    from planner.kernels import peak_flops_per_second
 
-    h, d, heads, keys = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
+    model, decisions = plan.inputs.model, plan.decisions
+    tokens = plan.inputs.training.global_batch_size * length(device)
+    work = tokens * training_flops_per_token(model, length(device)) / peak_flops_per_second(load_peak(cluster), "mixed-bf16")
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm1, self.norm2 = nn.RMSNorm(h), nn.RMSNorm(h)
-            self.qkv = nn.Linear(h, (heads + 2 * keys) * d, bias=False)
-            self.out = nn.Linear(heads * d, h, bias=False)
-            self.up = nn.Linear(h, 2 * model.ffn_hidden_size, bias=False)
-            self.down = nn.Linear(model.ffn_hidden_size, h, bias=False)
+    def row(program: str, seconds: float | None, failure: str = "") -> None:
+        figures = {"tokens_per_second": seconds and tokens / seconds, "mfu": seconds and work / seconds}
+        data["throughput"].append({"program": program, "plan": title, **figures, "failure": failure})
 
-        def forward(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-            b, s, _ = x.shape
-            q, k, v = self.qkv(self.norm1(x)).view(b, s, -1, d).split([heads, keys, keys], 2)
-            q, k = (part * cosine + torch.cat([-part[..., d // 2 :], part[..., : d // 2]], -1) * sine for part in (q, k))
-            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True)
-            x = x + self.out(mixed.transpose(1, 2).reshape(b, s, -1))
-            gate, up = self.up(self.norm2(x)).chunk(2, -1)
-            return x + self.down(F.silu(gate) * up)
+    row("meshwright", next((found["measured_seconds"] for found in data["plans"] if found["plan"] == title), None), "failed")
+    yield
+    for program in PROGRAMS:
+        try:
+            row(program, throughput(program, model, length(device), decisions.micro_batch_size, decisions.num_microbatches, steps, device))
+        except ImportError as error:
+            row(program, None, f"not installed: {error}")
+        except Exception as error:  # what was measured before it is worth more than a traceback
+            row(program, None, f"{type(error).__name__}: {error}".splitlines()[0])
+        yield
 
-    torch.manual_seed(0)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    with torch.device(device):
-        embedding, blocks = nn.Embedding(model.vocab_size, h), nn.ModuleList(Block() for _ in range(model.num_layers))
-        norm, head = nn.RMSNorm(h), nn.Linear(h, model.vocab_size, bias=False)
-        whole = nn.ModuleList([embedding, blocks, norm, head]).to(torch.bfloat16)
-        angles = torch.outer(torch.arange(length(device)), 1.0 / model.rope_theta ** (torch.arange(0, d, 2) / d)).repeat(1, 2)[:, None]
-        cosine, sine = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
-        tokens = torch.randint(0, model.vocab_size, (micro_batch_size, length(device) + 1))
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-4, fused=True)
-    seconds = []
-    for _ in range(steps):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(num_microbatches):
-            x = embedding(tokens[:, :-1])
-            for block in blocks:
-                x = block(x, cosine, sine)
-            loss = F.cross_entropy(head(norm(x)).flatten(0, 1).float(), tokens[:, 1:].flatten())
-            (loss / num_microbatches).backward()
-        torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+
+def measure(data: dict[str, Any], cluster: Any, steps: int, device: str) -> Iterator[None]:
+    """Fills in `data`, row by row."""
+    plans = ten_plans(cluster, device)
+    with tempfile.TemporaryDirectory() as folder:
+        for title, plan in plans:
+            run = train(folder, plan, steps, device)
+            peak = run and (run["ranks"][0]["allocated_bytes"] if device == "cuda" else run["summary"]["peak_bytes"])
+            data["plans"].append({
+                "plan": title, "predicted_bytes": plan.predictions.memory.total_bytes, "predicted_seconds": plan.predictions.time.step_seconds,
+                "measured_bytes": peak, "measured_seconds": run and run["summary"]["step_seconds"],
+            })  # fmt: skip
+            yield
+        title, plan = plans[5]
+        yield from compare_throughput(data, plan, title, cluster, steps, device)
+        for title, plan, rank in big_plans():
+            found = dry_run(folder, plan, rank, device)
+            data["big"].append({"rank": title, "measured_bytes": found and found[0], "predicted_bytes": found and found[1]})
+            yield
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-gpu)")
     parser.add_argument("--packages", metavar="FOLDER", help="where packages that this Python lacks lie")
+    parser.add_argument("--cluster", metavar="FILE", help="this GPU's calibration, from an earlier call")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same motions with tiny models, no results written")
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
@@ -199,49 +199,29 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("error: no CUDA GPU is visible: this benchmark measures one; --device cpu goes through its motions\n")
         return 2
-    from benchmarks.common import table, write_results
+    from benchmarks.common import write_results
     from planner.cluster import load_cluster
-    from planner.graph import training_flops_per_token
-    from planner.kernels import peak_flops_per_second
 
     name = options.output or f"{datetime.date.today()}-gpu"
-    results = ROOT / "benchmarks" / "results" if device == "cuda" else Path(tempfile.mkdtemp())
-    cluster_file = results / f"{name}-cluster.json"
-    results.mkdir(exist_ok=True)
-    done = python("-m", "executor.calibrate", "--num-gpus", "1", "--output", str(cluster_file))
-    if done.returncode:
-        sys.stderr.write(done.stderr[-2000:])
-        return 1
-    cluster = load_cluster(f"{cluster_file}:1")
-    data: dict[str, Any] = {"device": cluster.gpu.name, "torch": torch.__version__, "calibration": cluster.source, "plans": [], "big": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for title, plan in ten_plans(cluster, device):
-            run = train(folder, plan, options.steps, device)
-            peak = run and (run["ranks"][0]["allocated_bytes"] if device == "cuda" else run["summary"]["peak_bytes"])
-            row = {
-                "plan": title, "predicted_bytes": plan.predictions.memory.total_bytes, "predicted_seconds": plan.predictions.time.step_seconds,
-                "measured_bytes": peak, "measured_seconds": run and run["summary"]["step_seconds"],
-            }  # fmt: skip
-            data["plans"].append(row)
-            sys.stderr.write(f"{row}\n")
-        for title, plan, rank in big_plans():
-            found = dry_run(folder, plan, rank, device)
-            data["big"].append({"rank": title, "measured_bytes": found and found[0], "predicted_bytes": found and found[1]})
-    title, plan = ten_plans(cluster, device)[5]
-    tokens = plan.inputs.training.global_batch_size * length(device)
-    work = tokens * training_flops_per_token(plan.inputs.model, length(device)) / peak_flops_per_second(load_peak(cluster), "mixed-bf16")
-    loop = plain_loop(plan.inputs.model, plan.decisions.micro_batch_size, plan.decisions.num_microbatches, options.steps, device)
-    ours = data["plans"][5]["measured_seconds"]
-    data["throughput"] = [
-        {"program": program, "plan": title, "tokens_per_second": seconds and tokens / seconds, "mfu": seconds and work / seconds}
-        for program, seconds in (("meshwright", ours), ("plain PyTorch loop", loop))
-    ]
-    text = report(data, table)
-    sys.stdout.write(text)
-    if device == "cuda":
-        write_results(name, text, data)
-    else:
-        shutil.rmtree(results)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = ROOT / "benchmarks" / "results" if device == "cuda" else Path(scratch)
+        cluster_file = Path(options.cluster) if options.cluster else results / f"{name}-cluster.json"
+        if not options.cluster:
+            done = python("-m", "executor.calibrate", "--num-gpus", "1", "--output", str(cluster_file))
+            if done.returncode:
+                sys.stderr.write(done.stderr[-2000:])
+                return 1
+        cluster = load_cluster(f"{cluster_file}:1")
+    data: dict[str, Any] = {
+        "device": cluster.gpu.name, "torch": torch.__version__, "calibration": cluster.source, "plans": [], "throughput": [], "big": [],
+    }  # fmt: skip
+    for _ in measure(data, cluster, options.steps, device):
+        sys.stderr.write(".")
+        sys.stderr.flush()
+        if device == "cuda":
+            write_results(name, report(data), data)
+    sys.stderr.write("\n")
+    sys.stdout.write(report(data))
     return 0 if all(row["measured_bytes"] for row in (*data["plans"], *data["big"])) else 1
 
 
@@ -256,7 +236,10 @@ def load_peak(cluster: Any) -> Any:
     return cluster
 
 
-def report(data: dict[str, Any], table: Any) -> str:
+def report(data: dict[str, Any]) -> str:
+    """The tables of what has been measured so far."""
+    from benchmarks.common import table
+
     def gib(value: int | None) -> str:
         return "failed" if value is None else f"{value / 2**30:.2f}"
 
@@ -266,6 +249,9 @@ def report(data: dict[str, Any], table: Any) -> str:
 
     def ms(value: float | None) -> str:
         return "failed" if value is None else f"{1e3 * value:.1f}"
+
+    def rate(row: dict[str, Any]) -> tuple[str, str]:
+        return f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f}"
 
     text = f"{data['device']}, torch {data['torch']}, {datetime.date.today()}\n{data['calibration']}\n\n"
     text += table(
@@ -279,9 +265,8 @@ def report(data: dict[str, Any], table: Any) -> str:
     )
     text += "\n" + table(
         ("program", "plan", "tokens/s", "MFU %"),
-        [(row["program"], row["plan"], *(("failed", "") if not row["mfu"] else (f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f}")))
-         for row in data["throughput"]],
-    )  # fmt: skip
+        [(row["program"], row["plan"], *(rate(row) if row["mfu"] else (row["failure"], ""))) for row in data["throughput"]],
+    )
     return text
 
 
