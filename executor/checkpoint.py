@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from executor.checkpoint_reader import read
 from executor.optimizer import UnitOptimizer
 from executor.rank import RankTrainer
 from executor.units import Piece
@@ -264,18 +264,15 @@ def find_checkpoint(path: str, field: str = "--resume") -> Path:
     return found[-1][1]
 
 
-def _read(parts: list[Chunk], folder: Path) -> None:
+def _read(parts: list[Chunk], folder: Path, field: str) -> None:
     """Fills the chunks from the checkpoint in `folder`."""
-    state = {chunk.key: chunk.tensor for chunk in parts}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=_Load(parts, str(folder)), no_dist=not dist.is_initialized())
+    read({chunk.key: chunk.tensor for chunk in parts}, folder, _Load(parts, str(folder)), field)
 
 
-def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]], field: str) -> dict[str, torch.Tensor]:
     """Stored tensors by name, each whole, in fp32."""
     parts = [Chunk(name, (0,) * len(shape), shape, torch.empty(shape)) for name, shape in shapes.items()]
-    _read(parts, folder)
+    _read(parts, folder, field)
     return {chunk.name: chunk.tensor for chunk in parts}
 
 
@@ -289,7 +286,7 @@ def resume(trainer: RankTrainer, path: str) -> int:
     if state.seed != trainer.options.seed:
         raise InputError("--seed", trainer.options.seed, f"the checkpoint's run has seed {state.seed}, on which its data depend")
     parts = all_chunks(trainer, owned_only=False)
-    _read(parts, folder)
+    _read(parts, folder, "--resume")
     for optimizer in trainer.optimizers:
         optimizer.num_steps.fill_(state.step)
         if optimizer.master is not None:

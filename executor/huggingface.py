@@ -115,7 +115,7 @@ def export(checkpoint: str, folder: str) -> None:
     if model is None:
         raise InputError("CHECKPOINT", path, "a checkpoint of a transformer is expected, not of a traced module")
     architecture_of(model, f"{path}: model")
-    tensors = read_whole(path, {f"model.{piece.name}": piece.shape for piece in global_names(model)})
+    tensors = read_whole(path, {f"model.{piece.name}": piece.shape for piece in global_names(model)}, "CHECKPOINT")
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_on_under_another_plan(tmp_path):
     whole, *parts = found
     assert parts[0] + parts[1] == pytest.approx(whole, abs=1e-5)
     sizes = {"buffer.1.num_batches_tracked": (1,)}
-    tracked = read_whole(tmp_path / "checkpoints" / "step-5", sizes)
+    tracked = read_whole(tmp_path / "checkpoints" / "step-5", sizes, "CHECKPOINT")
     assert tracked["buffer.1.num_batches_tracked"].tolist() == [3 + 2 * 2]  # of one data-parallel rank's micro-batches
     wrong = command("run", str(tmp_path / "second.json"), "--model", RESIDUAL, "--resume", str(tmp_path / "nowhere"))
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
