@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from executor.agent import SPEAKS, record
 from executor.checkpoint import Checkpointer, find_checkpoint, resume
 from executor.data import Data, Source, open_tokens
 from executor.measure import StorageTracker
@@ -60,8 +63,31 @@ def start_process_group(plan: Plan | ChainPlan, device: torch.device, timeout_se
     return dist.get_rank()
 
 
+class OtherRankError(MeshwrightError):
+    """Another rank can't begin, and says why."""
+
+    exit_status = InputError.exit_status
+
+
+@contextmanager
+def all_or_none(device: torch.device) -> Iterator[None]:
+    """All ranks leave the block, or none does: where a MeshwrightError ends it on one, OtherRankError ends it on the others, which would else go on
+    and fail with it."""
+    failure: MeshwrightError | None = None
+    try:
+        yield
+    except MeshwrightError as error:
+        failure = error
+    failures = torch.tensor([0 if failure is None else 1], device=device)
+    dist.all_reduce(failures)
+    if failure is not None:
+        raise failure
+    if int(failures):
+        raise OtherRankError("another rank can't begin")
+
+
 def main(argv: list[str]) -> int:
-    """Runs a rank. Returns its exit status; what went wrong is one line on stderr, from the first rank only where all see it."""
+    """Runs a rank. Returns its exit status; what went wrong is one line on stderr, from the first rank or from the agent."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         options = arguments(argv)
@@ -72,8 +98,10 @@ def main(argv: list[str]) -> int:
         else:
             run(plan, options)
     except MeshwrightError as error:
-        if rank == 0:
-            stderr_progress(f"error: {error}")
+        if not isinstance(error, OtherRankError):
+            record(error)
+            if rank == 0 and SPEAKS not in os.environ:
+                stderr_progress(f"error: {error}")
         return error.exit_status
     finally:
         if dist.is_initialized():
@@ -144,7 +172,8 @@ def transformer_start(plan: Plan, options: argparse.Namespace, device: torch.dev
     rank = start_process_group(plan, device, options.timeout)
     copies = max(1, decisions.tensor_parallel // model.num_key_value_heads)
     mesh = make_mesh(decisions, rank, key_value_copies=copies, timeout_seconds=options.timeout)
-    return Trainer(plan, mesh, run_options(options, training), device, load_from=options.load), data
+    with all_or_none(device):
+        return Trainer(plan, mesh, run_options(options, training), device, load_from=options.load), data
 
 
 def module_start(plan: ChainPlan, options: argparse.Namespace, device: torch.device) -> tuple[RankTrainer, Source]:
@@ -153,8 +182,8 @@ def module_start(plan: ChainPlan, options: argparse.Namespace, device: torch.dev
     rank = start_process_group(plan, device, options.timeout)
     shared = pipeline_sets(prepared.cut, plan.decisions.stages)
     mesh = make_mesh(plan.decisions, rank, pipeline_sets=shared, timeout_seconds=options.timeout)
-    trainer = ModuleTrainer(plan, prepared.cut, prepared.state, mesh, run_options(options, plan.inputs.training), device)
-    return trainer, prepared.data
+    with all_or_none(device):
+        return ModuleTrainer(plan, prepared.cut, prepared.state, mesh, run_options(options, plan.inputs.training), device), prepared.data
 
 
 def start_or_go_on(trainer: RankTrainer, options: argparse.Namespace) -> int:

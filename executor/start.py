@@ -1,11 +1,10 @@
-"""`plan run`: checks the command line, the plan and this machine, then becomes torchrun with one process per rank.
+"""`plan run`: checks the command line, the plan and this machine, then is torchrun's agent for one process per rank.
 
 What is wrong is said here, once and on one line, with the exit status that torchrun would bury in its own report.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ ABOUT = "Starts torchrun with one process per rank on this machine, and trains b
 
 
 def main(argv: list[str]) -> int:
-    """Returns an exit status when something is wrong; else this process becomes torchrun."""
+    """Trains. Returns the exit status; what went wrong is one line on stderr."""
     try:
         options = arguments(argv, "plan run", ABOUT)
         plan = load_any_plan(options.plan, "PLAN")
@@ -36,9 +35,9 @@ def main(argv: list[str]) -> int:
     except MeshwrightError as error:
         sys.stderr.write(f"plan: {error}\n")
         return error.exit_status
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.decisions.world_size)]
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", "executor", *argv])
+    from executor.agent import start_ranks
+
+    return start_ranks(plan.decisions.world_size, argv)
 
 
 def check_files(options: Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def start(arguments: Sequence[str], *, threads: int | None = 1) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     process = subprocess.Popen([sys.executable, *arguments], env=environment)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # else this process would end and leave that one
     try:
         return process.wait()
     except BaseException:
@@ -42,6 +44,8 @@ def start(arguments: Sequence[str], *, threads: int | None = 1) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _arguments(**options: Any) -> list[str]:
