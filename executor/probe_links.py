@@ -2,13 +2,14 @@
 
 Groups that a run would use at once are measured at once: all pairs of a node together, or one rank of every node. Collectives follow
 each other here; what they cost more between a step's layers `executor.probe_steps` finds. On CPUs every message comes after a
-millisecond of compute whose own time is taken off.
+millisecond of compute, which does not count.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ def collective_points(device: torch.device, per_node: int) -> Iterator[Collectiv
         for kind in kinds:
             for size in CUDA_SIZES if device.type == "cuda" else SIZES:
                 yield CollectivePoint(kind, axis.size, size, _agreed(_time_collective(axis, kind, size, device), device), num_nodes)
+        dist.destroy_process_group(axis.group)
 
 
 def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint]:
@@ -83,24 +85,28 @@ def _time_collective(axis: Axis, kind: str, size: int, device: torch.device) -> 
         "all_gather": lambda: axis.all_gather(whole, part),
         "reduce_scatter": lambda: axis.reduce_scatter(part, whole),
     }[kind]
-    return _typical(call, device)
+    return _typical(lambda: _once(call, device), device)
 
 
 def _time_messages(pair: tuple[int, int], size: int, device: torch.device) -> float:
     first = dist.get_rank() == pair[0]
     other = pair[1] if first else pair[0]
     tensor = torch.ones(size // 4, device=device)
-
     between = _compute(device)
 
-    def trip() -> None:
+    def message(sends: bool) -> None:
+        work = dist.isend(tensor, other) if sends else dist.irecv(torch.empty_like(tensor), other)
+        assert work is not None
+        work.wait()
+
+    def trip() -> float:
+        seconds = 0.0
         for sends in (first, not first):
             between()
-            work = dist.isend(tensor, other) if sends else dist.irecv(torch.empty_like(tensor), other)
-            assert work is not None
-            work.wait()
+            seconds += _once(partial(message, sends), device)
+        return seconds
 
-    return max(1e-6, _typical(trip, device) / 2 - _alone(between, device))
+    return _typical(trip, device) / 2
 
 
 def _compute(device: torch.device) -> Callable[[], Any]:
@@ -111,18 +117,13 @@ def _compute(device: torch.device) -> Callable[[], Any]:
     return lambda: left @ right
 
 
-def _alone(compute: Callable[[], Any], device: torch.device) -> float:
-    found = sorted(_once(compute, device) for _ in range(30))
-    return found[len(found) // 2]
-
-
-def _typical(call: Callable[[], Any], device: torch.device) -> float:
+def _typical(timed: Callable[[], float], device: torch.device) -> float:
     """A low quantile, since noise only adds, of calls for about BUDGET_SECONDS; how many is agreed on, since all ranks of the group take part."""
-    _once(call, device)
-    first = min(_once(call, device) for _ in range(2))
+    timed()
+    first = min(_once(timed, device) for _ in range(2))
     count = torch.tensor([max(4.0, min(200.0, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
     dist.all_reduce(count, dist.ReduceOp.MIN)
-    found = sorted(_once(call, device) for _ in range(int(count)))
+    found = sorted(timed() for _ in range(int(count)))
     return found[len(found) // 5]
 
 

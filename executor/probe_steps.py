@@ -252,6 +252,8 @@ def _train(short: Short, device: torch.device) -> list[list[_Step]]:
             count = WARM_STEPS + int(min(max(LEAST_STEPS, float(wanted)), MOST_STEPS))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found[WARM_STEPS:])
+    del trainer
+    mesh.close()
     return everyone
 
 
