@@ -1,6 +1,6 @@
 """Step times and bubbles of real runs on two ranks: `python benchmarks/step_time.py [-o NAME]`.
 
-The machine is calibrated once. Then ten different plans and a few pipelines with known bubbles are predicted from that cluster
+The machine is calibrated once. Then ten different plans, three in mixed-bf16 and a few pipelines with known bubbles are predicted from that cluster
 file and trained by the executor. Reported: each plan's predicted and measured step time; each pipeline's bubble beside
 the prediction and the textbook formula, (p - 1)/(m + p - 1) for GPipe and 1F1B; naive model parallelism's utilisation, 1/p.
 At last the cluster is corrected by one run (`plan calibrate --from`), with the errors of all ten plans before and after. The spread is half of
@@ -58,6 +58,20 @@ def ten_plans(cluster: ClusterSpec) -> list[tuple[str, Plan]]:
     ]
 
 
+def bf16_plans(cluster: ClusterSpec) -> list[tuple[str, Plan]]:
+    """Three in mixed-bf16, which CPUs compute otherwise than fp32; beside the ten."""
+    gpt, llama = models()
+
+    def plan(model: ModelSpec, length: int, **decisions: Any) -> Plan:
+        return make_plan(model, cluster, sequence_length=length, precision="mixed-bf16", **decisions)
+
+    return [
+        ("gpt dp2", plan(gpt, 128, dp=2, micro_batch_size=4, num_microbatches=2)),
+        ("llama dp2 ZeRO-1, sequences of 256", plan(llama, 256, dp=2, zero=1, micro_batch_size=2, num_microbatches=2)),
+        ("gpt pp2 1F1B", plan(gpt, 128, pp=2, micro_batch_size=4, num_microbatches=8)),
+    ]
+
+
 def pipelines(cluster: ClusterSpec) -> list[tuple[str, Plan, float]]:
     """Pipelines of equal stages with their textbook bubble."""
     gpt = replace(models()[0], num_layers=8)
@@ -89,8 +103,9 @@ def main() -> int:
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-step-time)")
     options = parser.parse_args()
     cluster = calibrated()
-    plans, chains = ten_plans(cluster), pipelines(cluster)
-    results = run_plans([plan for _, plan in plans] + [plan for _, plan, _ in chains], steps=options.steps, rounds=options.rounds)
+    plans, chains, others = ten_plans(cluster), pipelines(cluster), bf16_plans(cluster)
+    everything = [plan for _, plan in plans] + [plan for _, plan, _ in chains] + [plan for _, plan in others]
+    results = run_plans(everything, steps=options.steps, rounds=options.rounds)
     measured = [statistics.median(result["seconds"]) for result in results[: len(plans)]]
 
     by, (name, plan) = 6, plans[6]
@@ -114,14 +129,22 @@ def main() -> int:
         f"measured {1e3 * run.summary.step_seconds:.1f}): {100 * statistics.fmean(errors_after):.1f} % of the other nine\n\n"
     )
     bubbles, lines = [], []
-    for (title, item, formula), result in zip(chains, results[len(plans) :], strict=True):
+    for (title, item, formula), result in zip(chains, results[len(plans) :], strict=False):
         seen, used = statistics.median(result["bubbles"]), statistics.median(result["utilisations"])
         expected = predict_time(item.inputs, item.decisions).time.bubble_fraction or 0.0
         bubbles.append({"pipeline": title, "measured": seen, "predicted": expected, "formula": formula, "utilisation": used})
         lines.append((title, *(f"{100 * value:.1f}" for value in (seen, expected, abs(seen - expected), formula, used))))
     text += table(("pp 2", "bubble %", "predicted %", "error, points", "formula %", "utilisation %"), lines)
+    in_bf16, lines = [], []
+    for (title, item), result in zip(others, results[-len(others) :], strict=True):
+        seconds, noise = statistics.median(result["seconds"]), spread(result["seconds"], options.rounds)
+        expected = predicted(item)
+        in_bf16.append({"plan": title, "measured_seconds": seconds, "predicted_seconds": expected, "spread": noise})
+        lines.append((title, f"{1e3 * seconds:.1f}", f"{1e3 * expected:.1f}", f"{100 * (expected / seconds - 1):+.1f}", f"{100 * noise:.1f}"))
+    text += "\n" + table(("mixed-bf16", "measured ms", "predicted ms", "error %", "spread %"), lines)
     sys.stdout.write(text)
-    write_results(options.output or f"{datetime.date.today()}-step-time", text, {"plans": rows, "bubbles": bubbles, "correction": correction.ratios})
+    found = {"plans": rows, "mixed-bf16": in_bf16, "bubbles": bubbles, "correction": correction.ratios}
+    write_results(options.output or f"{datetime.date.today()}-step-time", text, found)
     return 0
 
 

@@ -92,7 +92,11 @@ def short_plans(device: str, num_ranks: int, per_node: int) -> list[Short]:
         rows += [(gpt, 64, 4, 2, {"tp": per_node, "pp": nodes})]
     elif per_node > 2 and per_node % 2 == 0:
         rows += [(gpt, 64, 1, 2, {"tp": 2, "dp": n // 2, "zero": zero}) for zero in (0, 3)]
-    return [found for model, length, batch, count, degrees in rows for found in _short(model, length, "fp32", batch, count, **degrees)]
+    found = [short for model, length, batch, count, degrees in rows for short in _short(model, length, "fp32", batch, count, **degrees)]
+    gpt, llama = variant("tiny-gpt", 128, 4, 4 + times), variant("tiny-llama", 256, 8, 2 + times)
+    for model, length, batch, count in ((gpt, 128, 4, 2), (gpt, 128, 1, 4 * times), (llama, 64, 4, 2 * times)):
+        found += _short(model, length, "mixed-bf16", batch, count, dp=n)
+    return found
 
 
 def _short(

@@ -26,6 +26,8 @@ MATMULS = ((64, 64, 64), (256, 192, 64), (256, 64, 256), (512, 512, 512), (256, 
 CUDA_MATMULS = (
     (512, 512, 512), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 512), (8192, 12288, 4096), (8192, 1024, 8192),
 )  # fmt: skip
+CPU_PRECISIONS: tuple[Precision, ...] = ("fp32", "mixed-bf16")
+"""CPUs compute otherwise in bf16 than in fp32, not at another peak only."""
 MEMORY_BYTES = (1 << 14, 1 << 18, 1 << 21, 1 << 24)
 
 
@@ -58,8 +60,8 @@ def layer_shapes(device: str) -> list[Shape]:
         return [Shape(variant(name, h, a), b, s, "mixed-bf16") for name, h, a, b, s in sizes]
     sizes = [("tiny-gpt", 64, 4, 1, 64), ("tiny-gpt", 64, 4, 4, 128), ("tiny-llama", 64, 4, 1, 64), ("tiny-llama", 64, 4, 4, 128),
              ("tiny-gpt", 128, 4, 4, 128), ("tiny-llama", 128, 4, 2, 256), ("tiny-gpt", 256, 8, 2, 128), ("tiny-llama", 256, 8, 4, 128),
-             ("tiny-gpt", 256, 4, 1, 256)]  # fmt: skip
-    return [Shape(variant(name, h, a), b, s, "fp32") for name, h, a, b, s in sizes]
+             ("tiny-gpt", 256, 4, 1, 256), ("tiny-llama", 128, 4, 2, 512)]  # fmt: skip
+    return [Shape(variant(name, h, a), b, s, precision) for precision in CPU_PRECISIONS for name, h, a, b, s in sizes]
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_seconds: float = 0.06, least: int = 5) -> float:
@@ -169,8 +171,9 @@ def layer_points(shape: Shape, device: torch.device, budget_seconds: float = 0.0
 
 def optimizer_points(device: torch.device) -> Iterator[OptimizerPoint]:
     """The executor's AdamW on the units of a model."""
-    shapes = [shape for shape in layer_shapes(device.type) if shape.micro_batch_size > 1][:4]
-    for shape in shapes:
+    shapes = [shape for shape in layer_shapes(device.type) if shape.micro_batch_size > 1]
+    for shape in (shape for precision in dict.fromkeys(shape.precision for shape in shapes)
+                  for shape in [shape for shape in shapes if shape.precision == precision][:4]):  # fmt: skip
         compute, _ = _stage_compute(shape, (2, 3, 1), 0, device)
         units = compute.stages[0].units
         optimizers = [UnitOptimizer(unit, OptimizerOptions(), shape.precision == "mixed-bf16") for unit in units]

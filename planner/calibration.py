@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link
+from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link, compute_efficiency, in_precision
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
@@ -37,22 +37,48 @@ class Fit(NamedTuple):
     residuals: tuple[Residual, ...]
 
 
+_Point = TypeVar("_Point", MatmulPoint, LayerPoint, OptimizerPoint, StepPoint)
+
 RENDEZVOUS_SECONDS = 1e-6
 """`Efficiency.receive_seconds` where late receives were seen, but none inside a node: they take their message's time."""
 
 
 def fit(measured: Measurements) -> Fit:
     """The cluster whose predictions are nearest to the measurements."""
-    cluster = _fit_compute(_start(measured), measured)
-    cluster = _fit_layer_scales(cluster, measured.layers)
-    cluster = _fit_optimizer(cluster, measured.optimizer)
-    cluster = _fit_passes(cluster, measured.steps)
+    cluster = _fit_precisions(_start(measured), measured)
     for inside in (True, False):
         cluster = _fit_link(cluster, measured, inside)
     cluster = _fit_waits(_fit_curves(cluster, measured.collectives), measured.steps)
     cluster = _fit_rest(cluster, measured)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
     return Fit(replace(cluster, source=_source(residuals)), residuals)
+
+
+def _fit_precisions(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
+    """What computing takes: of fp32 and of bf16 apart where layers of both were measured, else of both together."""
+    bf16 = _of_precisions(measured, lambda precision: precision != "fp32")
+    fp32 = _of_precisions(measured, lambda precision: precision == "fp32")
+    if not (bf16.layers and fp32.layers):
+        return _fit_computing(cluster, measured)
+    own = compute_efficiency(_fit_computing(cluster, bf16))
+    found = _fit_computing(cluster, fp32)
+    return replace(found, efficiency=replace(found.efficiency, bf16=own))
+
+
+def _of_precisions(measured: Measurements, wanted: Callable[[str], bool]) -> Measurements:
+    """What was measured of computing in some precisions."""
+
+    def some(points: Iterable[_Point]) -> tuple[_Point, ...]:
+        return tuple(point for point in points if wanted(point.precision))
+
+    return measured._replace(
+        matmuls=some(measured.matmuls), layers=some(measured.layers), optimizer=some(measured.optimizer), steps=some(measured.steps)
+    )
+
+
+def _fit_computing(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
+    cluster = _fit_layer_scales(_fit_compute(cluster, measured), measured.layers)
+    return _fit_passes(_fit_optimizer(cluster, measured.optimizer), measured.steps)
 
 
 def minimise(function: Callable[[Sequence[float]], float], start: Sequence[float], step: float = 0.5, rounds: int = 600) -> list[float]:
@@ -126,6 +152,8 @@ def _with_constants(cluster: ClusterSpec, logs: Sequence[float]) -> ClusterSpec:
     values = [math.exp(min(max(x, -40.0), 20.0)) for x in logs]
     fractions = {name: min(1.0, value) for name, value in zip(_FRACTIONS, values, strict=False)}
     efficiency = replace(cluster.efficiency, matmul_depth_overhead=values[4], kernel_seconds=values[5], **fractions)
+    if cluster.device == "cpu":
+        efficiency = replace(efficiency, attention_block_seconds=values[6])
     return replace(cluster, efficiency=efficiency)
 
 
@@ -140,7 +168,7 @@ def _fit_compute(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
         total = 0.1 * _squares(ratios) + _squares(_layer_ratios(candidate, measured.layers))
         return total + 0.01 * sum(max(0.0, x) ** 2 for x in logs[:4])
 
-    start = [math.log(x) for x in (0.8, 0.5, 0.4, 0.3, 8.0, 5e-6)]
+    start = [math.log(x) for x in (0.8, 0.5, 0.4, 0.3, 8.0, 5e-6) + ((1e-6,) if cluster.device == "cpu" else ())]
     best = minimise(cost, start)
     return _with_constants(cluster, minimise(cost, best, step=0.2))
 
@@ -150,7 +178,7 @@ def _squares(ratios: Iterable[float]) -> float:
 
 
 def _matmul_ratios(cluster: ClusterSpec, points: Iterable[MatmulPoint]) -> list[float]:
-    return [matmul_seconds(cluster, p.precision, p.rows, p.columns, p.depth) / p.seconds for p in points]
+    return [matmul_seconds(in_precision(cluster, p.precision), p.precision, p.rows, p.columns, p.depth) / p.seconds for p in points]
 
 
 def _memory_ratios(cluster: ClusterSpec, points: Iterable[MemoryPoint]) -> list[float]:

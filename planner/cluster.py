@@ -45,6 +45,20 @@ class Link(Document, frozen=True, kw_only=True):
     source: str = ""
 
 
+class ComputeEfficiency(Document, frozen=True, kw_only=True):
+    """What computing reaches of the peaks: those fields of `Efficiency`, under the same names."""
+
+    matmul: float
+    memory: float
+    attention: float
+    attention_backward: float
+    matmul_depth_overhead: float
+    kernel_seconds: float
+    layer_scale: dict[str, float]
+    optimizer_scale: float
+    attention_block_seconds: float | msgspec.UnsetType = msgspec.UNSET
+
+
 class Efficiency(Document, frozen=True, kw_only=True):
     """How much of the peaks is reached. Each is a fraction in (0, 1] unless it says otherwise."""
 
@@ -98,6 +112,10 @@ class Efficiency(Document, frozen=True, kw_only=True):
     sent: then a receive takes this at least, for the sender's transport must first get a core, and as long as the message takes."""
     step_seconds: float = 0.0
     """Fixed cost of a step on this machine: loading data, adding up the loss, logging."""
+    attention_block_seconds: float | msgspec.UnsetType = msgspec.UNSET
+    """Measured: what the backward pass of fused attention takes for each block of a head's queries beyond its arithmetic (CPUs)."""
+    bf16: ComputeEfficiency | msgspec.UnsetType = msgspec.UNSET
+    """Measured: what holds for bf16 and mixed-bf16 instead, where it is not what holds for fp32 (CPUs)."""
     source: str = ""
 
 
@@ -138,6 +156,20 @@ class ClusterSpec(Document, frozen=True, kw_only=True):
         return -(-self.num_gpus // self.gpus_per_node)
 
 
+def in_precision(cluster: ClusterSpec, precision: str) -> ClusterSpec:
+    """The cluster with the efficiencies that hold for this precision in the fields that hold for fp32."""
+    own = cluster.efficiency.bf16
+    if own is msgspec.UNSET or precision == "fp32":
+        return cluster
+    efficiency = msgspec.structs.replace(cluster.efficiency, bf16=msgspec.UNSET, **{name: getattr(own, name) for name in own.__struct_fields__})
+    return msgspec.structs.replace(cluster, efficiency=efficiency)
+
+
+def compute_efficiency(cluster: ClusterSpec) -> ComputeEfficiency:
+    """Its efficiencies of computing, by themselves."""
+    return ComputeEfficiency(**{name: getattr(cluster.efficiency, name) for name in ComputeEfficiency.__struct_fields__})
+
+
 def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
     """`cluster` itself when its numbers are possible. Raises InputError that names the field."""
     checks: tuple[tuple[str, float], ...] = (
@@ -152,10 +184,13 @@ def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
     for name, value in checks:
         if not 0 < value < 1e20:
             raise InputError(f"{where}: {name}", value, "a positive number is expected")
-    for name in ("matmul", "memory", "collective", "inter_node_collective", "point_to_point", "attention"):
-        value = getattr(cluster.efficiency, name)
+    own = cluster.efficiency.bf16
+    fractions = [(f"efficiency.{name}", getattr(cluster.efficiency, name)) for name in ("collective", "inter_node_collective", "point_to_point")]
+    for at, reached in (("efficiency", cluster.efficiency), *(() if own is msgspec.UNSET else (("efficiency.bf16", own),))):
+        fractions += [(f"{at}.{name}", getattr(reached, name)) for name in ("matmul", "memory", "attention")]
+    for name, value in fractions:
         if not 0 < value <= 1:
-            raise InputError(f"{where}: efficiency.{name}", value, "a fraction above 0 and at most 1 is expected")
+            raise InputError(f"{where}: {name}", value, "a fraction above 0 and at most 1 is expected")
     if not cluster.gpu.peak_flops_per_second:
         raise InputError(f"{where}: gpu.peak_flops_per_second", {}, "at least one data type is expected")
     return cluster

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from planner.cluster import ClusterSpec, Efficiency, Link
+from planner.cluster import ClusterSpec, ComputeEfficiency, Efficiency, Link, compute_efficiency, in_precision
 from planner.layer_time import final_sums_seconds
 from planner.network import axis_group
 from planner.plan import Axis, Decisions, Inputs, replace
@@ -33,6 +33,8 @@ def correct(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline |
 
     The timeline is of one step: its times are scaled to the run's median step.
     """
+    given = inputs.cluster
+    inputs = replace(inputs, cluster=in_precision(given, inputs.training.precision))
     before = predict_time(inputs, decisions).time.step_seconds or 0.0
     measured = run.summary.step_seconds
     if timeline is None or not timeline.events:
@@ -46,6 +48,9 @@ def correct(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline |
         fixed = max(0.0, last - timeline.end)
         cluster = replace(cluster, efficiency=replace(cluster.efficiency, step_seconds=fixed))
     after = predict_time(replace(inputs, cluster=cluster), decisions).time.step_seconds or 0.0
+    if cluster.efficiency.bf16 != given.efficiency.bf16:  # it holds what is of bf16 where fp32's is kept
+        kept = {name: getattr(given.efficiency, name) for name in ComputeEfficiency.__struct_fields__}
+        cluster = replace(cluster, efficiency=replace(cluster.efficiency, bf16=compute_efficiency(cluster), **kept))
     return Correction(cluster, before, after, ratios)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner.cluster import ClusterSpec
+from msgspec import UNSET
+
+from planner.cluster import ClusterSpec, in_precision
 from planner.graph import LayerKind
 from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, matmul_seconds, peak_flops_per_second, slowest_node_factor
 from planner.model import ModelSpec
@@ -77,6 +79,7 @@ def timed_layer(
     inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute, program: Software
 ) -> tuple[LayerSeconds, float]:
     """The layer's seconds, and of forward and backward together the visible tensor-parallel communication."""
+    inputs = _computing(inputs)
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
     efficiency = inputs.cluster.efficiency
     scale = efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
@@ -95,6 +98,12 @@ def timed_layer(
     elif kind == "block" and recompute == "selective":
         backward += _selective(parts, inputs, program) * forward_scale
     return LayerSeconds(forward, backward + weight, backward, weight), communication
+
+
+def _computing(inputs: Inputs) -> Inputs:
+    """With the efficiencies of the training's precision."""
+    cluster = in_precision(inputs.cluster, inputs.training.precision)
+    return inputs if cluster is inputs.cluster else replace(inputs, cluster=cluster)
 
 
 def _selective(parts: _Parts, inputs: Inputs, program: Software) -> float:
@@ -202,12 +211,20 @@ def _attention_core(inputs: Inputs, decisions: Decisions, program: Software) -> 
         rate = peak_flops_per_second(cluster, precision) * program.attention_speed
         rate *= efficiency.native_attention if program.native_kernels else 1.0
         forward = flops / (rate * efficiency.attention) + efficiency.kernel_seconds
-        return forward, 2.5 * flops / (rate * efficiency.attention_backward) + 2 * efficiency.kernel_seconds
+        blocks = 0.0
+        if efficiency.attention_block_seconds is not UNSET:
+            blocks = batch * -(-s // _queries_in_block(s)) * efficiency.attention_block_seconds
+        return forward, 2.5 * flops / (rate * efficiency.attention_backward) + blocks + 2 * efficiency.kernel_seconds
     products = matmul_seconds(cluster, precision, s, s, d, batch) + matmul_seconds(cluster, precision, s, d, s, batch)
     products /= matmul_speed(cluster, program)
     scores = batch * s * s * ELEMENT_BYTES[precision]
     forward = products + elementwise_seconds(cluster, program.softmax_passes * scores, 2)
     return forward, 2 * products + elementwise_seconds(cluster, (program.softmax_passes + 1) * scores, 2)
+
+
+def _queries_in_block(sequence_length: int) -> int:
+    """Of PyTorch's fused attention on CPUs (FlashAttentionKernel.cpp in PyTorch 2.13)."""
+    return 32 if sequence_length < 192 else 64 if sequence_length < 768 else 256
 
 
 def _embedding(inputs: Inputs, decisions: Decisions, program: Software) -> _Parts:
@@ -377,6 +394,7 @@ def optimizer_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_ra
 
     The sums over ranks that come first are `final_sums_seconds`.
     """
+    inputs = _computing(inputs)
     program = software or software_of(inputs)
     owned = num_parameters_on_rank
     if decisions.zero_stage > 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from planner.calibration import fit, minimise
-from planner.cluster import load_cluster
+from planner.cluster import compute_efficiency, in_precision, load_cluster
 from planner.correction import correct
 from planner.estimate import predict
 from planner.kernels import elementwise_seconds, matmul_seconds
@@ -34,10 +34,10 @@ TRUE = load_cluster("cpu:2")
 TRUE = replace(TRUE, efficiency=replace(TRUE.efficiency, matmul=0.9, kernel_seconds=2e-5, attention=0.3, attention_backward=0.4, memory=0.5))
 
 
-def one_rank(model, batch, length):
-    training = Training(global_batch_size=batch, sequence_length=length, precision="fp32")
+def one_rank(model, batch, length, precision="fp32", truth=TRUE):
+    training = Training(global_batch_size=batch, sequence_length=length, precision=precision)
     decisions = Decisions(data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=batch, num_microbatches=1, stages=())
-    return Inputs(model=model, cluster=replace(TRUE, num_gpus=1), training=training), decisions
+    return Inputs(model=model, cluster=replace(truth, num_gpus=1), training=training), decisions
 
 
 def measurements() -> Measurements:
@@ -59,6 +59,40 @@ def measurements() -> Measurements:
     return Measurements(
         "cpu", "a CPU", 2, 2, 2, 1 << 32, None, tuple(matmuls), tuple(memory), tuple(layers), tuple(optimizer), tuple(collectives), tuple(messages)
     )
+
+
+def with_bf16(cluster):
+    """A machine that computes in bf16 otherwise than in fp32."""
+    own = replace(compute_efficiency(cluster), attention=0.2, attention_backward=0.9, kernel_seconds=4e-5, attention_block_seconds=6e-5,
+                  optimizer_scale=4.0)  # fmt: skip
+    return replace(cluster, efficiency=replace(cluster.efficiency, bf16=own))
+
+
+def test_fit_tells_bf16_from_fp32() -> None:
+    truth = with_bf16(TRUE)
+    fp32 = measurements()
+    layers = []
+    for name in ("tiny-gpt", "tiny-llama"):
+        for batch, length in ((1, 64), (4, 128), (2, 256), (1, 512), (1, 1024)):
+            inputs, decisions = one_rank(load_model(name), batch, length, "mixed-bf16", truth)
+            for kind in ("embedding", "block", "head"):
+                time = layer_seconds(inputs, decisions, kind)
+                layers.append(LayerPoint(inputs.model, kind, 1, batch, length, "mixed-bf16", time.forward, time.backward))
+    inputs, decisions = one_rank(load_model("tiny-gpt"), 1, 64, "mixed-bf16", truth)
+    matmuls = tuple(MatmulPoint("bf16", n, n, n, matmul_seconds(in_precision(truth, "bf16"), "bf16", n, n, n)) for n in (64, 256, 1024))
+    optimizer = tuple(OptimizerPoint("mixed-bf16", n, optimizer_seconds(inputs, decisions, n)) for n in (10**5, 10**6))
+    both = fp32._replace(layers=(*fp32.layers, *layers), matmuls=(*fp32.matmuls, *matmuls), optimizer=(*fp32.optimizer, *optimizer))
+    found = fit(both).cluster
+    assert found.efficiency.bf16.attention_block_seconds == pytest.approx(6e-5, rel=0.15)
+    for precision in ("fp32", "mixed-bf16"):
+        for batch, length in ((2, 128), (1, 300)):
+            inputs, decisions = one_rank(load_model("tiny-gpt"), batch, length, precision, truth)
+            expected = layer_seconds(inputs, decisions, "block")
+            fitted = layer_seconds(replace(inputs, cluster=found), decisions, "block")
+            assert fitted.forward == pytest.approx(expected.forward, rel=0.1)
+            assert fitted.backward == pytest.approx(expected.backward, rel=0.1)
+    alone = fit(fp32).cluster.efficiency
+    assert compute_efficiency(found) == compute_efficiency(replace(found, efficiency=replace(alone, bf16=found.efficiency.bf16)))
 
 
 def test_minimise_finds_the_bottom_of_a_valley() -> None:
@@ -194,6 +228,18 @@ def test_correction_converges_on_the_machine_that_ran() -> None:
     assert predict_time(replace(other.inputs, cluster=corrected.cluster), other.decisions).time.step_seconds == pytest.approx(expected, rel=0.05)
 
 
+def test_correction_by_a_run_in_bf16_leaves_fp32_alone() -> None:
+    cluster = with_bf16(TRUE)
+    plan = pipeline_plan(cluster)
+    plan = replace(plan, inputs=replace(plan.inputs, training=replace(plan.inputs.training, precision="mixed-bf16")))
+    run, timeline = pretend_run(plan, replace(cluster, efficiency=replace(cluster.efficiency, time_scale=1.5)))
+    corrected = correct(plan.inputs, plan.decisions, run, timeline)
+    assert corrected.after == pytest.approx(run.summary.step_seconds, rel=0.05)
+    assert compute_efficiency(corrected.cluster) == compute_efficiency(cluster)
+    scale = corrected.cluster.efficiency.bf16.layer_scale["block.forward"] / cluster.efficiency.bf16.layer_scale.get("block.forward", 1.0)
+    assert scale == pytest.approx(1.5, rel=1e-6)
+
+
 def test_correction_without_a_timeline_scales_compute() -> None:
     plan = pipeline_plan(TRUE)
     run, _ = pretend_run(plan, replace(TRUE, efficiency=replace(TRUE.efficiency, time_scale=1.5)))
@@ -212,6 +258,8 @@ def test_calibrate_measures_this_machine(tmp_path: Path) -> None:
     assert "mean error of the fit" in cluster.source
     assert {(curve.kind, curve.num_ranks) for curve in cluster.collectives} == {("all_reduce", 2), ("all_gather", 2), ("reduce_scatter", 2)}
     assert all(math.isfinite(value) and value > 0 for value in cluster.gpu.peak_flops_per_second.values())
+    assert {"fp32", "bf16"} <= set(cluster.gpu.peak_flops_per_second)
+    assert (cluster.device == "cpu") == bool(cluster.efficiency.bf16)
     assert math.isfinite(predict_time(pipeline_plan(cluster).inputs, pipeline_plan(cluster).decisions).time.step_seconds or math.nan)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from planner.accuracy import step_interval
 from planner.chain_plan import ChainPlan, recomputed
+from planner.cluster import in_precision
 from planner.compare import Comparison, Row
 from planner.either import AnyPlan
 from planner.estimate import capacity_bytes, fits
@@ -360,7 +361,8 @@ def _candidate(
 def assumptions(plan: AnyPlan, run: Run | None, notes: Iterable[str]) -> Section:
     """What the predictions stand on."""
     cluster, training = plan.inputs.cluster, plan.inputs.training
-    efficiency, precision = cluster.efficiency, training.precision
+    precision = training.precision
+    efficiency = in_precision(cluster, precision).efficiency
     peak = cluster.gpu.peak_flops_per_second.get("fp32" if precision == "fp32" else "bf16")
     texts = [
         f"Hardware: {cluster.name}, {cluster.num_gpus} GPUs in nodes of {cluster.gpus_per_node}; {cluster.gpu.name} with"
