@@ -21,6 +21,7 @@ from planner.measurements import CollectivePoint, MessagePoint
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 CUDA_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 26)
 BUDGET_SECONDS = 0.12
+MOST_CALLS = 200.0
 
 
 def collective_points(device: torch.device, per_node: int) -> Iterator[CollectivePoint]:
@@ -46,18 +47,20 @@ def collective_points(device: torch.device, per_node: int) -> Iterator[Collectiv
 
 
 def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint]:
-    """Half of a round trip between neighbours: pairs inside the nodes at once, then first ranks of two nodes."""
+    """Half of a round trip between neighbours: pairs inside the nodes at once, then all ranks of two nodes, and one rank of each alone."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    pairs: list[tuple[list[tuple[int, int]], bool]] = []
+    pairs: list[tuple[list[tuple[int, int]], bool, bool]] = []
     if per_node > 1:
-        pairs.append(([(first, first + 1) for first in range(0, world - 1, 2)], True))
+        pairs.append(([(first, first + 1) for first in range(0, world - 1, 2)], True, False))
     if world > per_node:
-        pairs.append(([(place, place + per_node) for place in range(per_node)], False))
-    for both, inside in pairs:
+        pairs.append(([(place, place + per_node) for place in range(per_node)], False, False))
+        if per_node > 1:
+            pairs.append(([(0, per_node)], False, True))
+    for both, inside, alone in pairs:
         mine = next((pair for pair in both if rank in pair), None)
         for size in CUDA_SIZES if device.type == "cuda" else SIZES:
-            seconds = _time_messages(mine, size, device) if mine else 0.0
-            yield MessagePoint(size, _agreed(seconds, device), inside)
+            seconds = _time_messages(mine, size, device)
+            yield MessagePoint(size, _agreed(seconds, device), inside, alone=alone)
 
 
 def _axis(groups: list[list[int]]) -> Axis:
@@ -88,7 +91,10 @@ def _time_collective(axis: Axis, kind: str, size: int, device: torch.device) -> 
     return _typical(lambda: _once(call, device), device)
 
 
-def _time_messages(pair: tuple[int, int], size: int, device: torch.device) -> float:
+def _time_messages(pair: tuple[int, int] | None, size: int, device: torch.device) -> float:
+    """Half of a round trip; 0 on a rank that has nobody to send to."""
+    if pair is None:
+        return _typical(None, device)
     first = dist.get_rank() == pair[0]
     other = pair[1] if first else pair[0]
     tensor = torch.ones(size // 4, device=device)
@@ -117,13 +123,15 @@ def _compute(device: torch.device) -> Callable[[], Any]:
     return lambda: left @ right
 
 
-def _typical(timed: Callable[[], float], device: torch.device) -> float:
-    """A low quantile, since noise only adds, of calls for about BUDGET_SECONDS; how many is agreed on, since all ranks of the group take part."""
-    timed()
-    first = min(_once(timed, device) for _ in range(2))
-    count = torch.tensor([max(4.0, min(200.0, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
+def _typical(timed: Callable[[], float] | None, device: torch.device) -> float:
+    """A low quantile, since noise only adds, of calls for about BUDGET_SECONDS; how many all ranks agree on, also those that only wait."""
+    first = BUDGET_SECONDS / MOST_CALLS
+    if timed is not None:
+        timed()
+        first = min(_once(timed, device) for _ in range(2))
+    count = torch.tensor([max(4.0, min(MOST_CALLS, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
     dist.all_reduce(count, dist.ReduceOp.MIN)
-    found = sorted(timed() for _ in range(int(count)))
+    found = sorted(timed() for _ in range(int(count))) if timed is not None else [0.0]
     return found[len(found) // 5]
 
 

@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
+from msgspec import UNSET, UnsetType
+
 from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link, compute_efficiency, in_precision
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
@@ -360,19 +362,32 @@ def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> Clu
     start = [math.log(1e-4), math.log(1e9)]
     latency, speed = _line([(point.num_bytes, point.seconds) for point in messages]) if messages else (1e-4, 1e9)
     collective_latency, collective_speed = (math.exp(x) for x in minimise(of_collective, start)) if collectives else (latency, speed)
-    bandwidth = max(speed, collective_speed)
-    link = Link(bandwidth_bytes_per_second=bandwidth, latency_seconds=latency, source="measured")
-    name = "collective" if inside else "inter_node_collective"
-    changes = {name: collective_speed / bandwidth, f"{name}_latency": collective_latency / latency}
     if inside:
-        changes["point_to_point"] = speed / bandwidth
+        bandwidth, share = max(speed, collective_speed), speed / max(speed, collective_speed)
+    else:  # one share of both links is what messages reach
+        share = cluster.efficiency.point_to_point if _messages(measured.messages, inside=True) else 1.0
+        bandwidth = speed / share
+    alone = _alone_speedup(measured.messages, inside)
+    link = Link(bandwidth_bytes_per_second=bandwidth, latency_seconds=latency, source="measured", alone_speedup=alone)
+    name = "collective" if inside else "inter_node_collective"
+    changes = {name: min(1.0, collective_speed / bandwidth), f"{name}_latency": collective_latency / latency, "point_to_point": share}
     efficiency = replace(cluster.efficiency, **changes)
     return replace(cluster, efficiency=efficiency, **{"intra_node" if inside else "inter_node": link})
 
 
+def _alone_speedup(points: Iterable[MessagePoint], inside: bool) -> float | UnsetType:
+    """What large messages between nodes gain where one pair has the link to itself, by messages of the same size that all pairs sent at once."""
+    together = {point.num_bytes: point.seconds for point in points if point.inside == inside and not (point.alone or point.in_training)}
+    alone = {point.num_bytes: point.seconds for point in points if point.inside == inside and point.alone}
+    sizes = sorted(together.keys() & alone.keys())[-2:]
+    if not sizes:
+        return UNSET
+    return max(1.0, statistics.geometric_mean(together[size] / alone[size] for size in sizes))
+
+
 def _messages(points: Iterable[MessagePoint], inside: bool) -> list[MessagePoint]:
     """Those seen in training, and of those measured alone what is larger."""
-    same = [point for point in points if point.inside == inside]
+    same = [point for point in points if point.inside == inside and not point.alone]
     largest = max((point.num_bytes for point in same if point.in_training), default=0)
     return [point for point in same if point.in_training or point.num_bytes > 2 * largest]
 

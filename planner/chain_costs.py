@@ -18,7 +18,16 @@ from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.critical_path import graph
 from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, slowest_node_factor
 from planner.moments import memory_moments
-from planner.network import all_gather_seconds, all_reduce_seconds, axis_group, axis_stride, message_seconds, reduce_scatter_seconds
+from planner.network import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    alone_speedup,
+    axis_group,
+    axis_stride,
+    message_seconds,
+    pipeline_senders,
+    reduce_scatter_seconds,
+)
 from planner.pipeline import Counts, Edge, Option, Piece, Pipeline, Run, moment_bytes, stage_loads, stage_seconds
 from planner.plan import Decisions, Memory, PipelineRankPrediction, Predictions, Stage, Time, stage_ranks
 from planner.schedule import Action, compute_actions, num_in_flight, plan_actions
@@ -110,10 +119,11 @@ class ChainCosts:
         """Bytes that a micro-batch sends where a pipeline is cut behind a layer."""
         return at(self.cost(layer).sent_bytes, samples)
 
-    def bandwidth(self, same_node: bool) -> float:
+    def bandwidth(self, decisions: Decisions, same_node: bool) -> float:
         cluster = self.inputs.cluster
         link = cluster.intra_node if same_node else cluster.inter_node
-        return link.bandwidth_bytes_per_second * cluster.efficiency.point_to_point
+        faster = 1.0 if same_node else alone_speedup(cluster, pipeline_senders(cluster, decisions))
+        return link.bandwidth_bytes_per_second * cluster.efficiency.point_to_point * faster
 
     def same_node(self, decisions: Decisions) -> list[bool]:
         """For each boundary between pipeline ranks, whether both ranks (of the first copy) are on one node."""
@@ -150,7 +160,7 @@ class ChainCosts:
             states = sum(self.states(decisions, cost)) + cost.frozen_bytes
             runs.append(Run(self.model.layers[layer].name, 1, options, states, cost.num_parameters + cost.num_shared_parameters * (p > 1)))
         near = self.same_node(decisions)
-        fastest = self.bandwidth(any(near))
+        fastest = self.bandwidth(decisions, any(near))
         cluster = self.inputs.cluster
         fixed = {}
         for stage, same in enumerate(near):
@@ -172,7 +182,7 @@ class ChainCosts:
             )
             if p > 1
             else (),
-            slowness=tuple(fastest / self.bandwidth(same) for same in near),
+            slowness=tuple(fastest / self.bandwidth(decisions, same) for same in near),
         )
 
     def _reduce_pieces(self, decisions: Decisions, total: float) -> tuple[Piece, ...]:

@@ -43,6 +43,8 @@ class Link(Document, frozen=True, kw_only=True):
     bandwidth_bytes_per_second: float
     latency_seconds: float
     source: str = ""
+    alone_speedup: float | msgspec.UnsetType = msgspec.UNSET
+    """Measured between nodes: how many times that bandwidth a pair of ranks gets while the other ranks of its nodes leave the link alone."""
 
 
 class ComputeEfficiency(Document, frozen=True, kw_only=True):
@@ -184,6 +186,9 @@ def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
     for name, value in checks:
         if not 0 < value < 1e20:
             raise InputError(f"{where}: {name}", value, "a positive number is expected")
+    alone = cluster.inter_node.alone_speedup
+    if alone is not msgspec.UNSET and not 1 <= alone < 1e20:
+        raise InputError(f"{where}: inter_node.alone_speedup", alone, "a number of at least 1 is expected")
     own = cluster.efficiency.bf16
     fractions = [(f"efficiency.{name}", getattr(cluster.efficiency, name)) for name in ("collective", "inter_node_collective", "point_to_point")]
     for at, reached in (("efficiency", cluster.efficiency), *(() if own is msgspec.UNSET else (("efficiency.bf16", own),))):

@@ -23,6 +23,7 @@ from planner.network import (
     axis_stride,
     group,
     message_seconds,
+    pipeline_senders,
     reduce_scatter_seconds,
 )
 from planner.plan import Decisions, Inputs, Recompute, replace
@@ -276,12 +277,12 @@ def transfer_seconds(inputs: Inputs, decisions: Decisions, from_rank: int = 0, s
     same_node = position // cluster.gpus_per_node == (position + stride) // cluster.gpus_per_node
     n = decisions.micro_batch_size * inputs.training.sequence_length
     volume = float(n * inputs.model.hidden_size * ELEMENT_BYTES[inputs.training.precision])
-    t = decisions.tensor_parallel
+    t, senders = decisions.tensor_parallel, pipeline_senders(cluster, decisions)
     if decisions.sequence_parallel:
-        return message_seconds(cluster, volume / t, same_node)
+        return message_seconds(cluster, volume / t, same_node, senders)
     if program.scatter_transfers and t > 1:
-        return message_seconds(cluster, volume / t, same_node) + all_gather_seconds(axis_group(cluster, decisions, "tp"), volume)
-    return message_seconds(cluster, volume, same_node)
+        return message_seconds(cluster, volume / t, same_node, senders) + all_gather_seconds(axis_group(cluster, decisions, "tp"), volume)
+    return message_seconds(cluster, volume, same_node, senders)
 
 
 def reduce_seconds(inputs: Inputs, decisions: Decisions, num_parameters_on_rank: float, software: Software | None = None) -> float:
@@ -417,7 +418,7 @@ def final_sums_seconds(inputs: Inputs, decisions: Decisions, software: Software 
         width = 4 if inputs.training.precision == "fp32" else program.gradient_bytes
         shards = decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 1
         table = model.token_embedding_parameters * width / decisions.tensor_parallel / shards
-        seconds += all_reduce_seconds(group(cluster, 2, axis_stride(decisions, "pp") * (p - 1)), table)
+        seconds += all_reduce_seconds(group(cluster, 2, axis_stride(decisions, "pp") * (p - 1), pipeline_senders(cluster, decisions)), table)
     return seconds
 
 

@@ -83,6 +83,8 @@ class MessagePoint(NamedTuple):
     seconds: float
     inside: bool = True
     in_training: bool = False
+    alone: bool = False
+    """Whether one pair sent between its nodes while their other ranks did not; otherwise all of them did at once."""
 
 
 class Measurements(NamedTuple):

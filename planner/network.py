@@ -10,8 +10,10 @@ from __future__ import annotations
 from math import ceil, log2
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from planner.cluster import ClusterSpec, CollectiveCurve
-from planner.plan import Axis, Decisions
+from planner.plan import Axis, Decisions, replace
 
 
 class Group(NamedTuple):
@@ -38,8 +40,19 @@ def axis_stride(decisions: Decisions, axis: Axis) -> int:
     return stride
 
 
-def group(cluster: ClusterSpec, size: int, stride: int) -> Group:
-    """The group of `size` ranks that lie `stride` apart."""
+def alone_speedup(cluster: ClusterSpec, senders: int) -> float:
+    """How many times the bandwidth between nodes each of `senders` ranks of a node gets while its other ranks leave the link to them."""
+    measured, per_node = cluster.inter_node.alone_speedup, cluster.gpus_per_node
+    return 1.0 if measured is UNSET or senders >= per_node else max(1.0, min(measured, per_node / senders))
+
+
+def pipeline_senders(cluster: ClusterSpec, decisions: Decisions) -> int:
+    """How many ranks of a node send to the next stage at once where that is on another node: those of its last stage."""
+    return min(axis_stride(decisions, "pp"), cluster.gpus_per_node)
+
+
+def group(cluster: ClusterSpec, size: int, stride: int, senders: int | None = None) -> Group:
+    """The group of `size` ranks that lie `stride` apart; between nodes with `senders` ranks of each at once, by default all of them."""
     efficiency = cluster.efficiency
     per_node = max(1, min(size, cluster.gpus_per_node // stride)) if stride <= cluster.gpus_per_node else 1
     nodes = ceil(size / per_node)
@@ -53,7 +66,10 @@ def group(cluster: ClusterSpec, size: int, stride: int) -> Group:
         outside.bandwidth_bytes_per_second
     )
     latency = outside.latency_seconds * efficiency.inter_node_collective_latency
-    return Group(size, nodes, bandwidth * efficiency.inter_node_collective, latency, curves)
+    faster = 1.0 if senders is None else alone_speedup(cluster, senders)
+    if faster > 1.0:
+        curves = tuple(replace(curve, bandwidth_bytes_per_second=curve.bandwidth_bytes_per_second * faster) for curve in curves)
+    return Group(size, nodes, bandwidth * efficiency.inter_node_collective * faster, latency, curves)
 
 
 def axis_group(cluster: ClusterSpec, decisions: Decisions, axis: Axis) -> Group:
@@ -95,7 +111,8 @@ def _measured(kind: str, ranks: Group, num_bytes: float) -> float | None:
     return None
 
 
-def message_seconds(cluster: ClusterSpec, num_bytes: float, same_node: bool) -> float:
-    """A message between two ranks, of one node or of two."""
+def message_seconds(cluster: ClusterSpec, num_bytes: float, same_node: bool, senders: int | None = None) -> float:
+    """A message between two ranks, of one node or of two; then with `senders` ranks of a node at once, by default all of them."""
     link = cluster.intra_node if same_node else cluster.inter_node
-    return link.latency_seconds + num_bytes / (link.bandwidth_bytes_per_second * cluster.efficiency.point_to_point)
+    faster = 1.0 if same_node or senders is None else alone_speedup(cluster, senders)
+    return link.latency_seconds + num_bytes / (link.bandwidth_bytes_per_second * cluster.efficiency.point_to_point * faster)

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from msgspec import UNSET
 
 from planner.calibration import fit, minimise
 from planner.cluster import compute_efficiency, in_precision, load_cluster
@@ -116,6 +117,20 @@ def test_a_measured_group_takes_its_curve_and_others_the_links() -> None:
     assert all_reduce_seconds(group(cluster, 2, 1), 1 << 20) == pytest.approx(4e-4 + (1 << 20) / 5e8, rel=0.01)
     assert all_gather_seconds(group(cluster, 2, 1), 1 << 20) < all_reduce_seconds(group(cluster, 2, 1), 1 << 20)
     assert all_reduce_seconds(group(replace(cluster, collectives=()), 2, 1), 1 << 20) == pytest.approx(4e-4 + (1 << 20) / 5e8, rel=0.2)
+
+
+def test_a_pair_that_has_the_link_between_nodes_to_itself_is_told_from_all_pairs_at_once() -> None:
+    sizes = (1 << 12, 1 << 18, 1 << 22)
+    across = tuple(MessagePoint(n, 1e-4 + n / 1e7, inside=False) for n in sizes)
+    alone = tuple(MessagePoint(n, 1e-4 + n / 1.8e7, inside=False, alone=True) for n in sizes)
+    measured = measurements()
+    link = fit(measured._replace(messages=(*measured.messages, *across, *alone))).cluster.inter_node
+    assert link.alone_speedup == pytest.approx(1.8, rel=0.01)
+    found = fit(measured._replace(messages=(*measured.messages, *across, *alone))).cluster
+    assert message_seconds(found, 1 << 20, False) == pytest.approx(1e-4 + (1 << 20) / 1e7, rel=0.01)
+    hosts = measured._replace(gpus_per_node=1, collectives=(), messages=across)
+    assert message_seconds(fit(hosts).cluster, 1 << 20, False) == pytest.approx(1e-4 + (1 << 20) / 1e7, rel=0.01), "no link inside a node"
+    assert fit(measured._replace(messages=(*measured.messages, *across))).cluster.inter_node.alone_speedup is UNSET
 
 
 def test_one_rank_measures_no_links() -> None:

@@ -1,6 +1,7 @@
 """What calibration measures in short training, and how the fit takes it apart."""
 
 import time
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from executor.measure import Record
+from executor.probe_links import SIZES, message_points
 from executor.probe_steps import Found, Short, _add_messages, _Call, _Step, _step_point, _timed_mesh, _TimedAxis, short_plans
 from executor.processes import hasten_transport, run_ranks
 from planner.cluster import load_cluster
@@ -89,6 +91,25 @@ def _communicate(rank: int, world: int, store: str, folder: str) -> None:
     slices.write_text(str(number))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _send(rank: int, world: int, store: str, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    points = list(message_points(torch.device("cpu"), world if world < 4 else 2))
+    dist.destroy_process_group()
+    if rank == 0:
+        Path(folder, "points").write_text(repr([(point.inside, point.alone, point.seconds > 0) for point in points]))
+
+
+@pytest.mark.parametrize(("ranks", "kinds"), [(3, [(True, False)]), (4, [(True, False), (False, False), (False, True)])])
+def test_ranks_without_a_partner_wait_for_those_that_send(tmp_path: Path, ranks: int, kinds: list[tuple[bool, bool]]) -> None:
+    run_ranks(ranks, _send, (str(tmp_path),))
+    found = literal_eval((tmp_path / "points").read_text())
+    assert [row[:2] for row in found] == [kind for kind in kinds for _ in SIZES]
+    assert all(row[2] for row in found)
 
 
 def test_timed_axes_communicate_and_write_down_their_collectives(tmp_path: Path) -> None:

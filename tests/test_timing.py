@@ -8,7 +8,7 @@ import pytest
 from planner import cluster, economics, model
 from planner.communication import communication_bytes
 from planner.kernels import elementwise_seconds, matmul_seconds, slowest_node_factor
-from planner.layer_time import timed_layer
+from planner.layer_time import final_sums_seconds, timed_layer
 from planner.network import Group, all_gather_seconds, all_reduce_seconds, axis_group, reduce_scatter_seconds
 from planner.plan import Decisions, Inputs, Training, check, even_stages, stage_ranks
 from planner.software import load_software, presets
@@ -223,6 +223,20 @@ def test_messages_inside_a_node_are_faster_and_shrink_with_sequence_parallelism(
     scattered = changed(load_software("megatron"), scatter_transfers=False)
     cut = changed(decisions, sequence_parallel=True)
     assert transfer_seconds(inputs, cut, 3, scattered) < 0.6 * transfer_seconds(inputs, decisions, 3, scattered)
+
+
+def test_a_stage_that_has_the_link_between_nodes_to_itself_sends_as_fast_as_a_pair_does():
+    two_hosts = changed(cluster.load_cluster("cpu:8"), gpus_per_node=4, inter_node=cluster.Link(bandwidth_bytes_per_second=1e7, latency_seconds=1e-4))
+    alone = changed(two_hosts, inter_node=changed(two_hosts.inter_node, alone_speedup=3.0))
+    for stages, tp, border, faster in ((8, 1, 3, 3.0), (4, 2, 1, 2.0), (2, 4, 0, 1.0)):
+        message, tied = [], []
+        for hardware in (two_hosts, alone):
+            inputs, decisions = case("gpt2", hardware, tp=tp, pp=stages, m=8, profile="meshwright")
+            message.append(transfer_seconds(inputs, decisions, border) - 1e-4)
+            tied.append(final_sums_seconds(inputs, decisions))
+            assert transfer_seconds(inputs, decisions, border + 1) == transfer_seconds(changed(inputs, cluster=two_hosts), decisions, border + 1)
+        assert message[0] / message[1] == pytest.approx(faster), "four ranks of a node share what one alone has three times as much of"
+        assert tied[0] / tied[1] == pytest.approx(faster, rel=0.4 if faster > 1 else 1e-9)
 
 
 # layers and data parallelism
