@@ -7,7 +7,6 @@ millisecond of compute, which does not count.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from executor.mesh import Axis
+from executor.probes import one_call_seconds
 from planner.measurements import CollectivePoint, MessagePoint
 
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -88,7 +88,7 @@ def _time_collective(axis: Axis, kind: str, size: int, device: torch.device) -> 
         "all_gather": lambda: axis.all_gather(whole, part),
         "reduce_scatter": lambda: axis.reduce_scatter(part, whole),
     }[kind]
-    return _typical(lambda: _once(call, device), device)
+    return _typical(lambda: one_call_seconds(call, device), device)
 
 
 def _time_messages(pair: tuple[int, int] | None, size: int, device: torch.device) -> float:
@@ -109,7 +109,7 @@ def _time_messages(pair: tuple[int, int] | None, size: int, device: torch.device
         seconds = 0.0
         for sends in (first, not first):
             between()
-            seconds += _once(partial(message, sends), device)
+            seconds += one_call_seconds(partial(message, sends), device)
         return seconds
 
     return _typical(trip, device) / 2
@@ -128,18 +128,8 @@ def _typical(timed: Callable[[], float] | None, device: torch.device) -> float:
     first = BUDGET_SECONDS / MOST_CALLS
     if timed is not None:
         timed()
-        first = min(_once(timed, device) for _ in range(2))
+        first = min(one_call_seconds(timed, device) for _ in range(2))
     count = torch.tensor([max(4.0, min(MOST_CALLS, BUDGET_SECONDS / first))], dtype=torch.float64, device=device)
     dist.all_reduce(count, dist.ReduceOp.MIN)
     found = sorted(timed() for _ in range(int(count))) if timed is not None else [0.0]
     return found[len(found) // 5]
-
-
-def _once(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -66,19 +66,21 @@ def layer_shapes(device: str) -> list[Shape]:
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_seconds: float = 0.06, least: int = 5) -> float:
     """The median time of `call`, from at least `least` calls and about `budget_seconds` in all."""
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    first = min(once() for _ in range(2))
+    first = min(one_call_seconds(call, device) for _ in range(2))
     count = max(least, min(400, int(budget_seconds / max(first, 1e-7))))
-    found = sorted(once() for _ in range(count))
+    found = sorted(one_call_seconds(call, device) for _ in range(count))
     return found[count // 2]
+
+
+def one_call_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """What `call` takes until the device is done with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def matmul_points(device: torch.device) -> Iterator[MatmulPoint]:
