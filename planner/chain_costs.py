@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 from planner.chain_plan import ChainInputs, chain_stage, recomputed
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, in_precision
 from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.critical_path import graph
 from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, slowest_node_factor
@@ -79,7 +79,7 @@ class ChainCosts:
 
     def __init__(self, inputs: ChainInputs) -> None:
         self.inputs, self.model = inputs, inputs.model
-        self.cluster = _Hashed(inputs.cluster)
+        self.cluster = _Hashed(in_precision(inputs.cluster, inputs.training.precision))
         self.state = state_bytes(inputs.training.precision, inputs.training.optimizer)
         self.shared = shares_cores(inputs.cluster, inputs.cluster.num_gpus)
         self._links: dict[tuple[int, int], tuple[float, ...]] = {}
@@ -144,7 +144,7 @@ class ChainCosts:
 
     def optimizer(self, decisions: Decisions, parameters: float) -> float:
         """Seconds of the update of the parameters that a rank owns."""
-        cluster = self.inputs.cluster
+        cluster = self.cluster.spec
         owned = parameters / (decisions.data_parallel if decisions.zero_stage else 1)
         traffic = load_software("meshwright").optimizer_bytes * (1.0 if self.inputs.training.optimizer == "adam" else 0.5)
         scale = core_share(cluster, cluster.num_gpus) * cluster.efficiency.time_scale * cluster.efficiency.optimizer_scale

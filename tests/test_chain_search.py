@@ -16,13 +16,13 @@ from planner.chain_costs import LEVELS, ChainCosts, counts_of, predict_timeline,
 from planner.chain_plan import ChainInputs, chain_stage, check_chain, load_any_plan, recomputed
 from planner.chain_search import _least_excess, candidates, even_split, search_chain
 from planner.cli import plan as cli
-from planner.cluster import load_cluster
+from planner.cluster import compute_efficiency, load_cluster
 from planner.critical_path import graph
 from planner.defaults import Fixed
 from planner.documents import dumps
 from planner.errors import DoesNotFitError, InputError
 from planner.pipeline import excess_bytes, stage_seconds
-from planner.plan import Training, load_plan, replace, stage_ranks
+from planner.plan import Decisions, Training, load_plan, replace, stage_ranks
 from planner.traced import LayerCost, Operation, TracedLayer, TracedModel
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +120,19 @@ def test_cuts_are_by_time_and_not_by_number_of_layers():
     even = even_split(costs, plan.decisions)
     assert step_seconds(costs, even) > 1.05 * plan.solver.objective_seconds
     assert len({stage.num_layers for stage in plan.decisions.stages}) > 1
+
+
+def test_a_precision_that_was_calibrated_apart_takes_its_own_constants():
+    inputs = inputs_of(1, cluster="cpu:2")
+    own = replace(compute_efficiency(inputs.cluster), kernel_seconds=1e-2, optimizer_scale=7.0)
+    apart = replace(inputs.cluster, efficiency=replace(inputs.cluster.efficiency, bf16=own))
+    whole = replace(inputs.cluster, efficiency=replace(inputs.cluster.efficiency, kernel_seconds=1e-2, optimizer_scale=7.0))
+    one = Decisions(data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=1, num_microbatches=1, stages=())
+    for precision, same in (("mixed-bf16", whole), ("fp32", inputs.cluster)):
+        training = replace(inputs.training, precision=precision)
+        found, expected = (ChainCosts(replace(inputs, cluster=cluster, training=training)) for cluster in (apart, same))
+        assert found.times(0, 1) == expected.times(0, 1)
+        assert found.optimizer(one, 1e6) == expected.optimizer(one, 1e6)
 
 
 def test_shared_cores_are_walked_and_not_called_proven():
