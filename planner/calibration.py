@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from msgspec import UNSET, UnsetType
-
-from planner.cluster import ClusterSpec, CollectiveCurve, Gpu, Link, compute_efficiency, in_precision
+from planner.calibration_links import fit_curves, fit_link, fitted_messages
+from planner.cluster import ClusterSpec, Gpu, Link, compute_efficiency, in_precision
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
-from planner.measurements import CollectivePoint, LayerPoint, MatmulPoint, Measurements, MemoryPoint, MessagePoint, OptimizerPoint, StepPoint
+from planner.measurements import CollectivePoint, LayerPoint, MatmulPoint, Measurements, MemoryPoint, OptimizerPoint, StepPoint
 from planner.model import presets
-from planner.network import Group, all_gather_seconds, all_reduce_seconds, message_seconds, reduce_scatter_seconds
+from planner.network import message_seconds
 from planner.plan import Decisions, Inputs, Training, replace
+from planner.simplex import minimise, squared_logarithms
 
 
 class Residual(NamedTuple):
@@ -49,8 +49,8 @@ def fit(measured: Measurements) -> Fit:
     """The cluster whose predictions are nearest to the measurements."""
     cluster = _fit_precisions(_start(measured), measured)
     for inside in (True, False):
-        cluster = _fit_link(cluster, measured, inside)
-    cluster = _fit_waits(_fit_curves(cluster, measured.collectives), measured.steps)
+        cluster = fit_link(cluster, measured, inside)
+    cluster = _fit_waits(fit_curves(cluster, measured.collectives), measured.steps)
     cluster = _fit_rest(cluster, measured)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
     return Fit(replace(cluster, source=_source(residuals)), residuals)
@@ -81,39 +81,6 @@ def _of_precisions(measured: Measurements, wanted: Callable[[str], bool]) -> Mea
 def _fit_computing(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
     cluster = _fit_layer_scales(_fit_compute(cluster, measured), measured.layers)
     return _fit_passes(_fit_optimizer(cluster, measured.optimizer), measured.steps)
-
-
-def minimise(function: Callable[[Sequence[float]], float], start: Sequence[float], step: float = 0.5, rounds: int = 600) -> list[float]:
-    """The simplex method: reflection 1, expansion 2, contraction and shrinkage 1/2."""
-    simplex = [list(start)] + [[x + (step if i == j else 0.0) for j, x in enumerate(start)] for i in range(len(start))]
-    scored = sorted(((function(point), point) for point in simplex), key=lambda item: item[0])
-    count = len(start)
-    for _ in range(rounds):
-        if scored[-1][0] - scored[0][0] < 1e-9:
-            break
-        centre = [sum(point[j] for _, point in scored[:-1]) / count for j in range(count)]
-        worst = scored[-1]
-
-        def along(factor: float, centre: list[float] = centre, point: list[float] = worst[1]) -> tuple[float, list[float]]:
-            moved = [c + factor * (c - x) for c, x in zip(centre, point, strict=True)]
-            return function(moved), moved
-
-        reflected = along(1.0)
-        if reflected[0] < scored[0][0]:
-            expanded = along(2.0)
-            scored[-1] = min(expanded, reflected, key=lambda item: item[0])
-        elif reflected[0] < scored[-2][0]:
-            scored[-1] = reflected
-        else:
-            contracted = along(0.5 if reflected[0] < worst[0] else -0.5)
-            if contracted[0] < min(worst[0], reflected[0]):
-                scored[-1] = contracted
-            else:
-                best = scored[0][1]
-                shrunk = [[(b + x) / 2 for b, x in zip(best, point, strict=True)] for _, point in scored[1:]]
-                scored = [scored[0], *((function(point), point) for point in shrunk)]
-        scored.sort(key=lambda item: item[0])
-    return scored[0][1]
 
 
 def _start(measured: Measurements) -> ClusterSpec:
@@ -167,16 +134,12 @@ def _fit_compute(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
     def cost(logs: Sequence[float]) -> float:
         candidate = _with_constants(cluster, logs)
         ratios = [*_matmul_ratios(candidate, measured.matmuls), *_memory_ratios(candidate, measured.memory)]
-        total = 0.1 * _squares(ratios) + _squares(_layer_ratios(candidate, measured.layers))
+        total = 0.1 * squared_logarithms(ratios) + squared_logarithms(_layer_ratios(candidate, measured.layers))
         return total + 0.01 * sum(max(0.0, x) ** 2 for x in logs[:4])
 
     start = [math.log(x) for x in (0.8, 0.5, 0.4, 0.3, 8.0, 5e-6) + ((1e-6,) if cluster.device == "cpu" else ())]
     best = minimise(cost, start)
     return _with_constants(cluster, minimise(cost, best, step=0.2))
-
-
-def _squares(ratios: Iterable[float]) -> float:
-    return sum(math.log(ratio) ** 2 for ratio in ratios)
 
 
 def _matmul_ratios(cluster: ClusterSpec, points: Iterable[MatmulPoint]) -> list[float]:
@@ -270,7 +233,7 @@ def _fit_passes(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpe
 
     def cost(logs: Sequence[float]) -> float:
         candidate = scaled(logs)
-        return _squares(ratio for point in points for ratio in _pass_ratios(candidate, point)) + 0.01 * logs[2] ** 2
+        return squared_logarithms(ratio for point in points for ratio in _pass_ratios(candidate, point)) + 0.01 * logs[2] ** 2
 
     return scaled(minimise(cost, [0.1, 0.1, 0.1], step=0.2, rounds=200))
 
@@ -312,7 +275,7 @@ def _fit_waits(cluster: ClusterSpec, points: Sequence[StepPoint]) -> ClusterSpec
 
     def cost(logs: Sequence[float]) -> float:
         candidate = waits(logs)
-        return _squares(expected / seen for point in points for expected, seen in _waiting(candidate, point))
+        return squared_logarithms(expected / seen for point in points for expected, seen in _waiting(candidate, point))
 
     return waits(minimise(cost, [math.log(1e-3), math.log(2e9)], rounds=200))
 
@@ -340,86 +303,6 @@ def _optimizer_prediction(cluster: ClusterSpec, point: OptimizerPoint) -> float:
     return optimizer_seconds(*_one_rank(cluster, any_layer), point.num_parameters)
 
 
-# links
-
-
-def _collective_prediction(latency: float, bandwidth: float, point: CollectivePoint) -> float:
-    ranks = Group(point.num_ranks, 1, bandwidth, latency)
-    function = {"all_reduce": all_reduce_seconds, "all_gather": all_gather_seconds, "reduce_scatter": reduce_scatter_seconds}[point.kind]
-    return function(ranks, point.num_bytes)
-
-
-def _fit_link(cluster: ClusterSpec, measured: Measurements, inside: bool) -> ClusterSpec:
-    """The link inside a node or between nodes: its bandwidth and latency by messages, and what collectives reach of it."""
-    messages = _messages(measured.messages, inside)
-    collectives = [point for point in measured.collectives if (point.num_nodes == 1) == inside]
-    if not messages and not collectives:
-        return cluster
-
-    def of_collective(logs: Sequence[float]) -> float:
-        return _squares(_collective_prediction(math.exp(logs[0]), math.exp(logs[1]), point) / point.seconds for point in collectives)
-
-    start = [math.log(1e-4), math.log(1e9)]
-    latency, speed = _line([(point.num_bytes, point.seconds) for point in messages]) if messages else (1e-4, 1e9)
-    collective_latency, collective_speed = (math.exp(x) for x in minimise(of_collective, start)) if collectives else (latency, speed)
-    if inside:
-        bandwidth, share = max(speed, collective_speed), speed / max(speed, collective_speed)
-    else:  # one share of both links is what messages reach
-        share = cluster.efficiency.point_to_point if _messages(measured.messages, inside=True) else 1.0
-        bandwidth = speed / share
-    alone = _alone_speedup(measured.messages, inside)
-    link = Link(bandwidth_bytes_per_second=bandwidth, latency_seconds=latency, source="measured", alone_speedup=alone)
-    name = "collective" if inside else "inter_node_collective"
-    changes = {name: min(1.0, collective_speed / bandwidth), f"{name}_latency": collective_latency / latency, "point_to_point": share}
-    efficiency = replace(cluster.efficiency, **changes)
-    return replace(cluster, efficiency=efficiency, **{"intra_node" if inside else "inter_node": link})
-
-
-def _alone_speedup(points: Iterable[MessagePoint], inside: bool) -> float | UnsetType:
-    """What large messages between nodes gain where one pair has the link to itself, by messages of the same size that all pairs sent at once."""
-    together = {point.num_bytes: point.seconds for point in points if point.inside == inside and not (point.alone or point.in_training)}
-    alone = {point.num_bytes: point.seconds for point in points if point.inside == inside and point.alone}
-    sizes = sorted(together.keys() & alone.keys())[-2:]
-    if not sizes:
-        return UNSET
-    return max(1.0, statistics.geometric_mean(together[size] / alone[size] for size in sizes))
-
-
-def _messages(points: Iterable[MessagePoint], inside: bool) -> list[MessagePoint]:
-    """Those seen in training, and of those measured alone what is larger."""
-    same = [point for point in points if point.inside == inside and not point.alone]
-    largest = max((point.num_bytes for point in same if point.in_training), default=0)
-    return [point for point in same if point.in_training or point.num_bytes > 2 * largest]
-
-
-def _fit_curves(cluster: ClusterSpec, points: Sequence[CollectivePoint]) -> ClusterSpec:
-    """A line for each collective on each shape of group."""
-    groups: dict[tuple[Literal["all_reduce", "all_gather", "reduce_scatter"], int, int], list[CollectivePoint]] = {}
-    for point in points:
-        groups.setdefault((point.kind, point.num_ranks, point.num_nodes), []).append(point)
-    curves = []
-    for (kind, num_ranks, num_nodes), same in groups.items():
-        latency, bandwidth = _line([(point.num_bytes, point.seconds) for point in same])
-        curves.append(
-            CollectiveCurve(
-                kind=kind, num_ranks=num_ranks, num_nodes=num_nodes, latency_seconds=latency, bandwidth_bytes_per_second=bandwidth
-            )
-        )
-    return replace(cluster, collectives=tuple(curves))
-
-
-def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Latency and bandwidth of seconds = latency + bytes / bandwidth."""
-
-    def cost(logs: Sequence[float]) -> float:
-        return _squares((math.exp(logs[0]) + num_bytes / math.exp(logs[1])) / seconds for num_bytes, seconds in points)
-
-    least = min(seconds for _, seconds in points)
-    most = max(num_bytes / seconds for num_bytes, seconds in points)
-    latency, bandwidth = minimise(cost, [math.log(least), math.log(most)])
-    return math.exp(latency), math.exp(bandwidth)
-
-
 # how well it fits
 
 
@@ -429,7 +312,7 @@ def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
         curve = curves[point.kind, point.num_ranks, point.num_nodes]
         return (curve.latency_seconds + point.num_bytes / curve.bandwidth_bytes_per_second) / point.seconds
 
-    messages = [point for inside in (True, False) for point in _messages(measured.messages, inside)]
+    messages = [point for inside in (True, False) for point in fitted_messages(measured.messages, inside)]
     steps = [ratio for point in _undisturbed(measured.steps) for ratio in _pass_ratios(cluster, point)]
     layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec import UNSET
 
-from planner.calibration import fit, minimise
+from planner.calibration import fit
 from planner.cluster import compute_efficiency, in_precision, load_cluster
 from planner.correction import correct
 from planner.estimate import predict
@@ -28,6 +28,7 @@ from planner.network import all_gather_seconds, all_reduce_seconds, group, messa
 from planner.paradigms import as_plan
 from planner.plan import Decisions, Inputs, Memory, Training, even_stages, plan_hash, replace
 from planner.run import Coordinates, Run, RunRank, Step, Summary
+from planner.simplex import minimise
 from planner.timeline import Event, Timeline
 from planner.timing import predict_time, predict_timeline
 
