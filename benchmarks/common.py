@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -67,11 +68,36 @@ def _path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
+def round_medians(seconds: Sequence[float], rounds: int) -> list[float]:
+    """The median of each round's steps."""
+    size = len(seconds) // rounds
+    return [statistics.median(seconds[index * size : (index + 1) * size]) for index in range(rounds)]
+
+
 def spread(seconds: Sequence[float], rounds: int) -> float:
     """Half of the difference between the slowest and the quickest round's median, over their mean: what the machine itself does."""
-    size = len(seconds) // rounds
-    medians = [statistics.median(seconds[index * size : (index + 1) * size]) for index in range(rounds)]
+    medians = round_medians(seconds, rounds)
     return (max(medians) - min(medians)) / 2 / statistics.fmean(medians)
+
+
+POLISHES = 20
+
+
+def comparable_seconds(rounds: Sequence[Sequence[float | None]]) -> list[float]:
+    """A time for each plan out of those of several rounds, None where a round left it out, on a machine whose speed changes from round to round.
+
+    A plan's time in a round is taken as the plan's own times the round's factor; both are found by median polish of the
+    logarithms (Tukey 1977, "Exploratory Data Analysis", chapter 11), and the times given back are those of the median round. Every plan
+    must be in some round, and the rounds must be joined by plans that they share.
+    """
+    logs = [[None if seconds is None else math.log(seconds) for seconds in each] for each in rounds]
+    plans, factors = [0.0] * len(rounds[0]), [0.0] * len(rounds)
+    for _ in range(POLISHES):
+        factors = [statistics.median(log - own for log, own in zip(each, plans, strict=True) if log is not None) for each in logs]
+        plans = [statistics.median(log - factor for log, factor in zip(each, factors, strict=True) if log is not None)
+                 for each in zip(*logs, strict=True)]  # fmt: skip
+    middle = statistics.median(factors)
+    return [math.exp(own + middle) for own in plans]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -6,7 +6,7 @@
 | fast, slow | 2, in network namespaces (`scripts/two-hosts`, needs root) | 2 | as fast as the machine makes it; 200 Mbit/s |
 | fast-4, slow-4 | 2 | 4, two on the one core of each host | the same |
 
-For each bench the machine is calibrated once, and then for each of three models *every* feasible plan of a small space is run, 16
+For each bench the machine is calibrated once, in several rounds, and then for each of three models *every* feasible plan of a small space is run, 16
 sequences a step. The space of 2 ranks: all degrees; micro-batches of 1, 2 and 4; ZeRO 0, 1 and 3; with and without sequence parallelism;
 1F1B and interleaved 1F1B. Of 4 ranks: all degrees; every placement on the hosts; micro-batches of 2 and 4; ZeRO 0, 1 and 3 (3 without a
 pipeline); 1F1B. Reported are
@@ -16,8 +16,9 @@ pipeline); 1F1B. Reported are
     Spearman   the rank correlation of predicted and measured times
     spread     the median over plans of half the range of a plan's rounds over their mean: what the machine itself does
 
-All plans are run in turn, `--rounds` times. The least of many noisy times is too low, so the plans within a quarter of it, the chosen one
-and the solved one are then run again, `--last-rounds` times in turn, and only these times of theirs count.
+All plans are run in turn, `--rounds` times, and those within a quarter of the least time, the chosen one and the solved one are then run
+again, `--last-rounds` times in turn. Where a whole round was faster or slower than others that is the machine, not the plans, and is taken out
+(`benchmarks.common.comparable_seconds`). The best is looked for among those that were run again, since the least of many noisy times is too low.
 
 and with 4 ranks on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
 """
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, make_plan, processor, run_plans, spread, table, write_results
+from benchmarks.common import ROOT, comparable_seconds, make_plan, processor, round_medians, run_plans, spread, table, write_results
 from planner.candidates import Constraints
 from planner.cluster import ClusterSpec, load_cluster
 from planner.defaults import Fixed
@@ -148,15 +149,16 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     return statistics.correlation(ranks(left), ranks(right))
 
 
-def calibrate(bench: Bench) -> ClusterSpec:
+def calibrate(bench: Bench, rounds: int) -> ClusterSpec:
     """The bench's cluster, as `plan calibrate` writes it."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cluster.json")
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": _path(), "PYTHON": sys.executable}
-        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", str(bench.num_ranks), "--output", path]
+        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", str(bench.num_ranks)]
         if bench.num_hosts > 1:
-            command = [*hosts("exec"), "--nproc-per-node", str(bench.num_ranks // bench.num_hosts), "-m", "executor.calibrate", "--output", path]
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=600)
+            command = [*hosts("exec"), "--nproc-per-node", str(bench.num_ranks // bench.num_hosts), "-m", "executor.calibrate"]
+        command += ["--rounds", str(rounds), "--output", path]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=600 * rounds)
         return load_cluster(path)
 
 
@@ -169,8 +171,9 @@ def hosts(*arguments: str) -> list[str]:
 
 
 class Effort(NamedTuple):
-    """How often plans are run: steps a round, rounds of all plans, and rounds of those that may be the fastest."""
+    """How often the machine is measured, and how often plans are run: steps a round, rounds of all plans, and of those that may be the fastest."""
 
+    calibration_rounds: int
     steps: int
     rounds: int
     last_rounds: int
@@ -183,15 +186,22 @@ CONTENDER = 1.25
 def measure(plans: Sequence[Plan], always: Sequence[int], launcher: Sequence[str], effort: Effort) -> tuple[list[float], list[bool], float]:
     """Seconds of each plan, whether it was run again (the fastest, the fastest of those whose placement is compared, and those at `always`),
     and the spread over the last rounds."""
-    first = [statistics.median(result["seconds"]) for result in run_plans(plans, steps=effort.steps, rounds=effort.rounds, launcher=launcher)]
+    rounds: list[list[float | None]] = _rounds(run_plans(plans, steps=effort.steps, rounds=effort.rounds, launcher=launcher), effort.rounds)
+    first = comparable_seconds(rounds)
     groups = [range(len(plans)), [index for index, plan in enumerate(plans) if _inside(plan) is not None]]
     fastest = {index for group in groups for index in group if first[index] <= CONTENDER * min(first[other] for other in group)}
     again = sorted(fastest | set(always))
     last = run_plans([plans[index] for index in again], steps=effort.steps, rounds=effort.last_rounds, launcher=launcher)
-    for index, result in zip(again, last, strict=True):
-        first[index] = statistics.median(result["seconds"])
+    for each in _rounds(last, effort.last_rounds):
+        seconds = dict(zip(again, each, strict=True))
+        rounds.append([seconds.get(index) for index in range(len(plans))])
     noise = statistics.median(spread(result["seconds"], effort.last_rounds) for result in last)
-    return first, [index in again for index in range(len(plans))], noise
+    return comparable_seconds(rounds), [index in again for index in range(len(plans))], noise
+
+
+def _rounds(results: Sequence[dict[str, list[float]]], count: int) -> list[list[float | None]]:
+    """For each round every plan's median step, in seconds."""
+    return [list(each) for each in zip(*(round_medians(result["seconds"], count) for result in results), strict=True)]
 
 
 def run_bench(name: str, wanted: Sequence[tuple[ModelSpec, int]], effort: Effort) -> Iterator[dict[str, Any]]:
@@ -201,7 +211,7 @@ def run_bench(name: str, wanted: Sequence[tuple[ModelSpec, int]], effort: Effort
     if bench.num_hosts > 1:
         subprocess.run(hosts("up", *(("--rate", bench.rate) if bench.rate else ())), env=environment, check=True)
     try:
-        cluster = calibrate(bench)
+        cluster = calibrate(bench, effort.calibration_rounds)
         for model, length in wanted:
             yield run_case(Case(name, bench, model, length), cluster, effort)
     finally:
@@ -298,7 +308,7 @@ def text_of(cases: Sequence[dict[str, Any]]) -> str:
     text = f"Regret of the planner's choice, every plan run, {datetime.date.today()}, {processor()}\n\n" + table(header, cells)
     good = sum(case["regret"] <= 0.05 and case["spearman"] >= 0.9 for case in cases)
     text += f"\nregret at most 5 % and Spearman at least 0.9: {good} of {len(cases)}\n\n"
-    text += "Plans with * were run again among the fastest; these times count.\n"
+    text += "Plans with * were run again among the fastest. What whole rounds were faster or slower is taken out of all times.\n"
     for case in cases:
         place = case["placement"]
         if place:
@@ -342,8 +352,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", choices=tuple(BENCHES), action="append", help="default: all of them")
     parser.add_argument("--model", choices=[model.name for model, _ in models()], action="append", help="default: all three")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--calibration-rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4, help="of all plans")
     parser.add_argument("--last-rounds", type=int, default=6, help="of the plans that may be the fastest")
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-regret)")
     parser.add_argument("--plot", metavar="FILE", help="where the scatter goes")
@@ -356,7 +367,7 @@ def main() -> int:
             raise MeshwrightError(checked.stderr.strip())
     cases: list[dict[str, Any]] = []
     for bench in benches:
-        for case in run_bench(bench, wanted, Effort(options.steps, options.rounds, options.last_rounds)):
+        for case in run_bench(bench, wanted, Effort(options.calibration_rounds, options.steps, options.rounds, options.last_rounds)):
             cases.append(case)
             write_results(options.output or f"{datetime.date.today()}-regret", text_of(cases), cases)
     sys.stdout.write(text_of(cases))

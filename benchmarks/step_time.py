@@ -1,9 +1,10 @@
 """Step times and bubbles of real runs on two ranks: `python benchmarks/step_time.py [-o NAME]`.
 
-The machine is calibrated once. Then ten different plans, three in mixed-bf16 and a few pipelines with known bubbles are predicted from that cluster
-file and trained by the executor. Reported: each plan's predicted and measured step time; each pipeline's bubble beside
-the prediction and the textbook formula, (p - 1)/(m + p - 1) for GPipe and 1F1B; naive model parallelism's utilisation, 1/p.
-At last the cluster is corrected by one run (`plan calibrate --from`), with the errors of all ten plans before and after. The spread is half of
+The machine is calibrated once, in several rounds, since its speed may change from minute to minute. Then ten different plans, three in
+mixed-bf16 and a few pipelines with known bubbles are predicted from that cluster file and trained by the executor. Reported: each plan's
+predicted and measured step time; each pipeline's bubble beside the prediction and the textbook formula, (p - 1)/(m + p - 1) for GPipe and 1F1B;
+naive model parallelism's utilisation, 1/p. At last the cluster is corrected by one run (`plan calibrate --from`), with the errors of all ten
+plans before and after. A plan's time is that of the median round, with what whole rounds were faster or slower taken out; the spread is half of
 the range of the rounds' medians over their mean: what the machine itself does.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, make_plan, processor, run_plan, run_plans, spread, table, write_results
+from benchmarks.common import ROOT, comparable_seconds, make_plan, processor, round_medians, run_plan, run_plans, spread, table, write_results
 from planner.cluster import ClusterSpec, load_cluster
 from planner.correction import correct
 from planner.model import ModelSpec, load_model
@@ -86,27 +87,30 @@ def predicted(plan: Plan, cluster: ClusterSpec | None = None) -> float:
     return predict_time(inputs, plan.decisions).time.step_seconds or 0.0
 
 
-def calibrated() -> ClusterSpec:
+def calibrated(rounds: int = 1) -> ClusterSpec:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cluster.json")
         path_of = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path_of}
-        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", "2", "--output", path]
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+        command = [sys.executable, "-m", "executor.calibrate", "--num-gpus", "2", "--rounds", str(rounds), "--output", path]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300 * rounds)
         return load_cluster(path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calibration-rounds", type=int, default=3)
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-step-time)")
     options = parser.parse_args()
-    cluster = calibrated()
+    cluster = calibrated(options.calibration_rounds)
     plans, chains, others = ten_plans(cluster), pipelines(cluster), bf16_plans(cluster)
     everything = [plan for _, plan in plans] + [plan for _, plan, _ in chains] + [plan for _, plan in others]
     results = run_plans(everything, steps=options.steps, rounds=options.rounds)
-    measured = [statistics.median(result["seconds"]) for result in results[: len(plans)]]
+    rounds = zip(*(round_medians(result["seconds"], options.rounds) for result in results), strict=True)
+    times = comparable_seconds([list(each) for each in rounds])
+    measured = times[: len(plans)]
 
     by, (name, plan) = 6, plans[6]
     run, timeline = run_plan(plan, 12)
@@ -136,8 +140,8 @@ def main() -> int:
         lines.append((title, *(f"{100 * value:.1f}" for value in (seen, expected, abs(seen - expected), formula, used))))
     text += table(("pp 2", "bubble %", "predicted %", "error, points", "formula %", "utilisation %"), lines)
     in_bf16, lines = [], []
-    for (title, item), result in zip(others, results[-len(others) :], strict=True):
-        seconds, noise = statistics.median(result["seconds"]), spread(result["seconds"], options.rounds)
+    for (title, item), result, seconds in zip(others, results[-len(others) :], times[-len(others) :], strict=True):
+        noise = spread(result["seconds"], options.rounds)
         expected = predicted(item)
         in_bf16.append({"plan": title, "measured_seconds": seconds, "predicted_seconds": expected, "spread": noise})
         lines.append((title, f"{1e3 * seconds:.1f}", f"{1e3 * expected:.1f}", f"{100 * (expected / seconds - 1):+.1f}", f"{100 * noise:.1f}"))

@@ -1,8 +1,8 @@
 """Runs many plans in one start of the ranks: `torchrun ... benchmarks/worker.py PLANS.json RESULT.json --steps N --rounds K`.
 
-Each plan is trained by the executor's own code; starting processes for each would take longer than the steps. The plans
-are gone through `rounds` times, so that a machine whose speed drifts treats all alike. Each has process groups of its own, which are taken
-down behind it: gloo's threads wake up a hundred times a second for as long as their group is there. Rank 0 writes, for each plan, the
+Each plan is trained by the executor's own code; starting processes for each would take longer than the steps. The plans are gone through
+`rounds` times, forwards and backwards in turn, so that a machine whose speed drifts treats all alike. Each has process groups of its own, which
+are taken down behind it: gloo's threads wake up a hundred times a second for as long as their group is there. Rank 0 writes, for each plan, the
 seconds of every step but the first of a round, and the pipeline phase's bubble and utilisation from the timeline.
 """
 
@@ -88,7 +88,7 @@ def main() -> None:
     store, rank, world_size = next(dist.rendezvous("env://"))
     results: list[dict[str, list[float]]] = [{} for _ in plans]
     for turn in range(options.rounds):
-        for index, plan in enumerate(plans):
+        for index, plan in list(enumerate(plans))[:: -1 if turn % 2 else 1]:
             dist.init_process_group("gloo", store=dist.PrefixStore(f"{turn}-{index}", store), rank=rank, world_size=world_size)
             found = run(plan, options.steps)
             gc.collect()

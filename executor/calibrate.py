@@ -29,9 +29,11 @@ from planner.documents import dumps, write_text
 from planner.errors import InputError, MeshwrightError
 from planner.measurements import Measurements
 from planner.plan import load_plan, plan_hash, replace
+from planner.rounds import spread_fraction, typical
 from planner.run import load_actions, load_run
 
 TIMEOUT_SECONDS = 120.0
+MOST_ROUNDS = 100
 
 
 def main(argv: list[str]) -> int:
@@ -41,12 +43,14 @@ def main(argv: list[str]) -> int:
         if (options.run is None) != (options.plan is None):
             missing, given = ("--plan", "--from") if options.plan is None else ("--from", "--plan")
             raise InputError(missing, None, f"{given} needs it: a run is compared with its plan")
+        if not 1 <= options.rounds <= MOST_ROUNDS:
+            raise InputError("--rounds", options.rounds, f"1 to {MOST_ROUNDS} is expected")
         if options.run is not None:
             _correct(options.run, options.plan, options.output)
         elif "RANK" in os.environ:
-            _rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, options.output)
+            _rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, options.rounds, options.output)
         else:
-            _start(options.num_gpus, options.output)
+            _start(options.num_gpus, options.rounds, options.output)
     except MeshwrightError as error:
         if os.environ.get("RANK", "0") == "0":
             _say(f"error: {error}")
@@ -58,6 +62,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m executor.calibrate", description="Measures this machine and writes a cluster file.")
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks to measure with (default: all GPUs, or 2 processes on CPUs)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="measure everything N times and take the medians (default: 1)")
     parser.add_argument("--from", dest="run", metavar="RUN", help="correct the plan's cluster by this run document")
     parser.add_argument("--plan", metavar="PLAN", help="the plan of that run")
     return parser.parse_args(argv)
@@ -68,16 +73,16 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _start(num_gpus: int | None, output: str) -> None:
+def _start(num_gpus: int | None, rounds: int, output: str) -> None:
     """Measures with ranks on this machine."""
     gpus = torch.cuda.device_count()
     world = (gpus or 2) if num_gpus is None else num_gpus
     if world < 1 or (gpus and world > gpus):
         raise InputError("--num-gpus", world, f"1 to {gpus} (the GPUs of this machine) is expected" if gpus else "a positive integer is expected")
-    run_ranks(world, _rank, (output,), "the calibration")
+    run_ranks(world, _rank, (rounds, output), "the calibration")
 
 
-def _rank(rank: int, world: int, store: str | None, output: str) -> None:
+def _rank(rank: int, world: int, store: str | None, rounds: int, output: str) -> None:
     """One rank's part: it measures, and rank 0 fits and writes."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -91,14 +96,22 @@ def _rank(rank: int, world: int, store: str | None, output: str) -> None:
     backend = "nccl" if cuda else "gloo"
     where: dict[str, Any] = {} if store is None else {"store": dist.FileStore(store, world), "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS), **where)
+    measured: list[Measurements] = []
     try:
-        measured = measure(device, local, per_node, _say if rank == 0 else lambda line: None)
+        for turn in range(rounds):
+            if rank == 0 and rounds > 1:
+                _say(f"round {turn + 1} of {rounds}")
+            measured.append(measure(device, local, per_node, _say if rank == 0 else lambda line: None))
     finally:
         dist.destroy_process_group()
     if rank == 0:
-        fitted = fit(measured)
+        fitted = fit(typical(measured))
         report(fitted.residuals)
         source = f"{fitted.cluster.source}; torch {torch.__version__}, {world} ranks, {time.perf_counter() - started:.0f} s"
+        if rounds > 1:
+            spread = f"{rounds} rounds, steps differ by +-{100 * spread_fraction(measured):.0f} %"
+            _say(f"  {spread}")
+            source += f", {spread}"
         write_cluster(fitted.cluster, source, output)
         _say(f"{time.perf_counter() - started:.0f} s; wrote {output}")
 

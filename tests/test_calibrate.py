@@ -27,6 +27,7 @@ from planner.model import load_model
 from planner.network import all_gather_seconds, all_reduce_seconds, group, message_seconds
 from planner.paradigms import as_plan
 from planner.plan import Decisions, Inputs, Memory, Training, even_stages, plan_hash, replace
+from planner.rounds import spread_fraction, typical
 from planner.run import Coordinates, Run, RunRank, Step, Summary
 from planner.simplex import minimise
 from planner.timeline import Event, Timeline
@@ -263,6 +264,30 @@ def test_correction_without_a_timeline_scales_compute() -> None:
     assert corrected.after == pytest.approx(run.summary.step_seconds, rel=0.05)
 
 
+def test_rounds_of_measurements_count_by_their_medians() -> None:
+    first = measurements()._replace(steps=(trained(TRUE, data_parallel=2), trained(TRUE, tensor_parallel=2)))
+    slower = [
+        first._replace(
+            matmuls=tuple(point._replace(seconds=factor * point.seconds) for point in first.matmuls),
+            steps=tuple(point._replace(**{name: factor * getattr(point, name) for name in point._fields if name.endswith("_seconds")})
+                        for point in first.steps),
+            late_receives=(MessagePoint(1024, factor * 1e-3),) if factor > 1 else (),
+            memory_bytes=int(factor),
+        )
+        for factor in (1.0, 1.2, 3.0)
+    ]  # fmt: skip
+    found = typical(slower)
+    assert [point.seconds for point in found.matmuls] == pytest.approx([1.2 * point.seconds for point in first.matmuls])
+    assert found.layers == first.layers and found.memory_bytes == 1
+    assert [point.forward_seconds for point in found.steps] == pytest.approx([1.2 * point.forward_seconds for point in first.steps])
+    assert [point.decisions for point in found.steps] == [point.decisions for point in first.steps]
+    assert found.late_receives == (MessagePoint(1024, pytest.approx(2.1e-3)),), "of the rounds that have it"
+    assert spread_fraction(slower) == pytest.approx(1.0 / (5.2 / 3))
+    twice = first._replace(messages=(MessagePoint(8, 1.0), MessagePoint(8, 2.0)))
+    assert typical([twice, twice]).messages == twice.messages, "points that are alike stay apart"
+    assert typical([first]) == first and spread_fraction([first]) == 0.0
+
+
 def test_calibrate_measures_this_machine(tmp_path: Path) -> None:
     """The real thing on two ranks: a cluster file that --cluster takes, with finite constants and its residual."""
     torch = pytest.importorskip("torch")
@@ -288,3 +313,5 @@ def test_calibrate_says_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "--plan" in capfd.readouterr().err
     assert calibrate.main([*output, "--num-gpus", "0"]) == 2
     assert "--num-gpus" in capfd.readouterr().err
+    assert calibrate.main([*output, "--rounds", "0"]) == 2
+    assert "error: --rounds: 0 is not valid; 1 to 100 is expected" in capfd.readouterr().err

@@ -109,13 +109,14 @@ def _show_dry_run(plan_file: str, path: str, as_json: bool) -> int:
 @click.command()
 @click.option("-o", "--output", type=click.Path(), required=True, help="Where to write the cluster file.")
 @click.option("--num-gpus", type=POSITIVE, help="Ranks to measure collectives with. Default: 2 on CPUs, all GPUs with CUDA.")
+@click.option("--rounds", type=POSITIVE, help="Measure everything this often and take the medians, where the machine's speed changes. Default: 1.")
 @click.option("--from", "run_file", type=click.Path(), help="Correct the plan's cluster by what this run measured (with --plan).")
 @click.option("--plan", "plan_file", type=click.Path(), help="The plan of the run given by --from.")
-def calibrate(output: str, num_gpus: int | None, run_file: str | None, plan_file: str | None) -> int:
+def calibrate(output: str, num_gpus: int | None, rounds: int | None, run_file: str | None, plan_file: str | None) -> int:
     """Measures this machine (matmul, memory, collectives, point to point) and writes a cluster file."""
     need_executor()
     require_folder(output)
-    return start(["-m", "executor.calibrate", *_arguments(output=output, num_gpus=num_gpus, **{"from": run_file}, plan=plan_file)])
+    return start(["-m", "executor.calibrate", *_arguments(output=output, num_gpus=num_gpus, rounds=rounds, **{"from": run_file}, plan=plan_file)])
 
 
 @click.command()
