@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from executor.mesh import Axis
 from executor.probes import one_call_seconds
+from executor.transport import hasten_transport
 from planner.measurements import CollectivePoint, MessagePoint
 
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -56,6 +57,8 @@ def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint
         pairs.append(([(place, place + per_node) for place in range(per_node)], False, False))
         if per_node > 1:
             pairs.append(([(0, per_node)], False, True))
+    if dist.get_backend() == "gloo":
+        hasten_transport()
     for both, inside, alone in pairs:
         mine = next((pair for pair in both if rank in pair), None)
         for size in CUDA_SIZES if device.type == "cuda" else SIZES:
@@ -70,6 +73,8 @@ def _axis(groups: list[list[int]]) -> Axis:
         if dist.get_rank() in ranks:
             found = Axis("probe", tuple(ranks), ranks.index(dist.get_rank()), group)
     assert found is not None
+    if dist.get_backend() == "gloo":
+        hasten_transport()
     return found
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 import signal
 import sys
@@ -60,41 +58,6 @@ def _call(function: Callable[..., None], rank: int, world_size: int, store: str,
     except MeshwrightError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_status)
-
-
-class _Scheduling(ctypes.Structure):
-    """Linux's struct sched_attr."""
-
-    _fields_ = (
-        ("size", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("flags", ctypes.c_uint64), ("nice", ctypes.c_int32), ("priority", ctypes.c_uint32),
-        ("runtime", ctypes.c_uint64), ("deadline", ctypes.c_uint64), ("period", ctypes.c_uint64),
-    )  # fmt: skip
-
-
-SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
-"""The system call's number."""
-TRANSPORT_SLICE_NS = 100_000
-
-
-def hasten_transport() -> int:
-    """Gives gloo's threads in this process short time slices, and returns how many took them.
-
-    On CPUs those threads move the messages and add up the sums, and share the cores with the ranks' compute. Linux's scheduler (EEVDF,
-    6.12 and newer) lets a thread that wakes up interrupt another one at once only where its slice is the shorter one; else it waits for
-    that one's slice of some milliseconds. Needs no privilege, and does nothing on other systems, nor where the process has been given
-    another scheduling policy than the usual one. Call it when the groups have been made.
-    """
-    number = SCHED_SETATTR.get(platform.machine())
-    if sys.platform != "linux" or number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return 0
-    try:
-        system = ctypes.CDLL(None, use_errno=True)
-        threads = [int(folder.name) for folder in Path("/proc/self/task").iterdir() if "gloo" in (folder / "comm").read_text()]
-        nice = os.getpriority(os.PRIO_PROCESS, 0)
-    except OSError:
-        return 0
-    wanted = _Scheduling(size=ctypes.sizeof(_Scheduling), nice=nice, runtime=TRANSPORT_SLICE_NS)
-    return sum(system.syscall(number, thread, ctypes.byref(wanted), 0) == 0 for thread in threads)
 
 
 def processor_name() -> str:

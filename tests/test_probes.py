@@ -1,5 +1,6 @@
 """What calibration measures in short training, and how the fit takes it apart."""
 
+import os
 import time
 from ast import literal_eval
 from pathlib import Path
@@ -11,7 +12,8 @@ pytest.importorskip("torch")
 from executor.measure import Record
 from executor.probe_links import SIZES, message_points
 from executor.probe_steps import Found, Short, _add_messages, _Call, _Step, _step_point, _timed_mesh, _TimedAxis, short_plans
-from executor.processes import hasten_transport, run_ranks
+from executor.processes import run_ranks
+from executor.transport import hasten_transport
 from planner.cluster import load_cluster
 from planner.model import load_model
 from planner.plan import Decisions, even_stages
@@ -86,9 +88,7 @@ def _communicate(rank: int, world: int, store: str, folder: str) -> None:
     assert tensor.tolist() == [6.0] * 4 and len(log) == 2
     if rank == 0:
         assert log[0].seconds > 0.1, "waiting for the last rank counts"
-    number = hasten_transport()
-    slices = Path(folder) / f"{rank}"
-    slices.write_text(str(number))
+    Path(folder, str(rank)).write_text(repr((hasten_transport(), *_policies())))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -114,7 +114,25 @@ def test_ranks_without_a_partner_wait_for_those_that_send(tmp_path: Path, ranks:
 
 def test_timed_axes_communicate_and_write_down_their_collectives(tmp_path: Path) -> None:
     run_ranks(2, _communicate, (str(tmp_path),))
-    assert all(int((tmp_path / str(rank)).read_text()) >= 0 for rank in range(2))
+    for rank in range(2):
+        number, threads, real_time, allowed = literal_eval((tmp_path / str(rank)).read_text())
+        assert real_time == (threads if allowed else 0), "every thread of gloo's where the system allows it"
+        assert number == threads if allowed else 0 <= number <= threads
+
+
+def _policies() -> tuple[int, int, bool]:
+    """How many threads of this process are gloo's and how many of them are of real-time priority, and whether that is allowed."""
+    if not hasattr(os, "sched_getscheduler"):
+        return 0, 0, False
+    threads = [int(folder.name) for folder in Path("/proc/self/task").iterdir() if "gloo" in (folder / "comm").read_text()]
+    real_time = sum(os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR for thread in threads)
+    usual = os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) <= 0
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except PermissionError:
+        return len(threads), real_time, False
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return len(threads), real_time, usual
 
 
 def test_hastening_without_gloo_does_nothing() -> None:
