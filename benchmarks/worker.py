@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,33 @@ def run(plan: Plan, steps: int) -> dict[str, Any] | None:
     data = Data(open_tokens(None, vocabulary), vocabulary, training.sequence_length, training.global_batch_size, 0)
     most = BUDGET_SECONDS / (plan.predictions.time.step_seconds or 1.0)
     steps = max(min(3, 1 + int(most)), min(steps, int(most)))
-    seconds, bubbles, utilisations, forwards, backwards = [], [], [], [], []
-    for step in range(steps + WARM_STEPS):
+    seconds, records = [], []
+    for _ in range(steps + WARM_STEPS):
         trainer.load(data)
         started = time.perf_counter()
-        result = trainer.step()
-        float(result.loss)
-        elapsed = time.perf_counter() - started
-        gathered: list[Any] = [None] * mesh.world_size
-        dist.gather_object([tuple(record) for record in trainer.recorder.records()], gathered if mesh.rank == 0 else None)
-        if step < WARM_STEPS or mesh.rank:
-            continue
-        seconds.append(elapsed)
-        timeline = _timeline(gathered)
-        first, last = window(timeline)
-        busy = busy_seconds(timeline)
-        bubbles.append(bubble_fraction(timeline))
-        utilisations.append(sum(busy.values()) / len(busy) / (last - first))
-        forwards.append(sum(event.end - event.start for event in timeline.events if event.kind == "F"))
-        backwards.append(sum(event.end - event.start for event in timeline.events if event.kind in "BIW"))
-    return {"seconds": seconds, "bubbles": bubbles, "utilisations": utilisations, "forward_seconds": forwards, "backward_seconds": backwards}
+        float(trainer.step().loss)
+        seconds.append(time.perf_counter() - started)
+        records.append([tuple(record) for record in trainer.recorder.records()])
+    gathered: list[Any] = [None] * mesh.world_size
+    dist.gather_object(records[WARM_STEPS:], gathered if mesh.rank == 0 else None)
+    if mesh.rank:
+        return None
+    timelines = [_timeline(step) for step in zip(*gathered, strict=True)]
+    busy = [busy_seconds(timeline) for timeline in timelines]
+    return {
+        "seconds": seconds[WARM_STEPS:],
+        "bubbles": [bubble_fraction(timeline) for timeline in timelines],
+        "utilisations": [sum(each.values()) / len(each) / (last - first) for each, (first, last) in zip(busy, map(window, timelines), strict=True)],
+        "forward_seconds": [_spent(timeline, "F") for timeline in timelines],
+        "backward_seconds": [_spent(timeline, "BIW") for timeline in timelines],
+    }
 
 
-def _timeline(gathered: list[Any]) -> Timeline:
+def _spent(timeline: Timeline, kinds: str) -> float:
+    return sum(event.end - event.start for event in timeline.events if event.kind in kinds)
+
+
+def _timeline(gathered: Sequence[Any]) -> Timeline:
     origin = min(record[3] for records in gathered for record in records)
     events = tuple(
         Event(rank, kind, stage, microbatch, (start - origin) / 1e9, (end - origin) / 1e9)

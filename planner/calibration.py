@@ -50,6 +50,7 @@ def fit(measured: Measurements) -> Fit:
     cluster = _fit_precisions(_start(measured), measured)
     for inside in (True, False):
         cluster = fit_link(cluster, measured, inside)
+    cluster = _fit_pipeline(cluster, measured.steps)
     cluster = _fit_waits(fit_curves(cluster, measured.collectives), measured.steps)
     cluster = _fit_rest(cluster, measured)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
@@ -243,6 +244,21 @@ def _pass_ratios(cluster: ClusterSpec, point: StepPoint) -> tuple[float, float]:
     return forward / point.forward_seconds, backward / point.backward_seconds
 
 
+def _fit_pipeline(cluster: ClusterSpec, points: Iterable[StepPoint]) -> ClusterSpec:
+    """What passes take longer on ranks that wait for messages: the geometric mean of measured over predicted."""
+    ratios = [1.0 / ratio for point in _pipelines(cluster, points) for ratio in _pass_ratios(cluster, point)]
+    scale = max(1.0, statistics.geometric_mean(ratios)) if ratios else 1.0
+    return replace(cluster, efficiency=replace(cluster.efficiency, pipeline_scale=scale))
+
+
+def _pipelines(cluster: ClusterSpec, points: Iterable[StepPoint]) -> list[StepPoint]:
+    """Those whose passes have nothing beside them but messages."""
+    cores = cluster.cores_per_node
+    if cores is not None and cores < cluster.gpus_per_node:
+        return []
+    return [point for point in points if point.decisions.pipeline_parallel == point.decisions.world_size > 1]
+
+
 def _waiting(cluster: ClusterSpec, point: StepPoint) -> list[tuple[float, float]]:
     """Predicted and measured seconds of a step's collectives in its passes; the reductions behind them go with the fixed cost of a step.
 
@@ -317,6 +333,7 @@ def _residuals(cluster: ClusterSpec, measured: Measurements) -> list[Residual]:
     layers = {kind: [r for p in measured.layers if p.kind == kind for r in _layer_ratio(cluster, p)] for kind in ("embedding", "block", "head")}
     return [
         _residual("passes in training", steps),
+        _residual("passes of pipelines", [ratio for point in _pipelines(cluster, measured.steps) for ratio in _pass_ratios(cluster, point)]),
         _residual("collectives in training", [expected / seen for point in measured.steps for expected, seen in _waiting(cluster, point)]),
         _residual("matrix products", _matmul_ratios(cluster, measured.matmuls)),
         _residual("memory traffic", _memory_ratios(cluster, measured.memory)),

@@ -117,7 +117,7 @@ class Costs:
     def seconds_key(self, decisions: Decisions) -> tuple[object, ...]:
         """What the seconds of a layer depend on."""
         stride = axis_stride(decisions, "tp") if decisions.tensor_parallel > 1 else 0
-        return decisions.tensor_parallel, decisions.micro_batch_size, decisions.sequence_parallel, stride
+        return decisions.tensor_parallel, decisions.micro_batch_size, decisions.sequence_parallel, stride, decisions.pipeline_parallel > 1
 
     def bytes(self, decisions: Decisions) -> dict[Layer, LayerLoad]:
         """On one rank, of each kind of layer."""

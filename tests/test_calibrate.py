@@ -174,13 +174,14 @@ def test_short_training_gives_back_what_a_step_adds() -> None:
     alone = measurements()
     curves = fit(alone).cluster.collectives
     all_kinds = tuple(replace(curve, kind=kind) for curve in curves for kind in ("all_reduce", "all_gather", "reduce_scatter"))
-    efficiency = replace(TRUE.efficiency, time_scale=1.3, optimizer_scale=2.3, wait_seconds=1.2e-3, fresh_bandwidth_bytes_per_second=2e9)
+    efficiency = replace(TRUE.efficiency, time_scale=1.3, optimizer_scale=2.3, wait_seconds=1.2e-3, fresh_bandwidth_bytes_per_second=2e9,
+                         pipeline_scale=1.07)  # fmt: skip
     truth = replace(TRUE, efficiency=efficiency, collectives=all_kinds)
     steps = tuple(
         trained(truth, **degrees)
         for degrees in ({"data_parallel": 2}, {"data_parallel": 2, "micro_batch_size": 4, "num_microbatches": 2},
                         {"data_parallel": 2, "zero_stage": 3}, {"data_parallel": 2, "zero_stage": 3, "num_microbatches": 1, "micro_batch_size": 8},
-                        {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True})
+                        {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2})
     )  # fmt: skip
     kinds = ("all_reduce", "all_gather", "reduce_scatter")
     points = tuple(CollectivePoint(kind, 2, n, 4e-4 + n / 5e8) for kind in kinds for n in (1 << 12, 1 << 18, 1 << 22))
@@ -188,6 +189,9 @@ def test_short_training_gives_back_what_a_step_adds() -> None:
     fitted = fit(alone._replace(collectives=points, steps=steps, late_receives=late))
     found, residuals = fitted.cluster.efficiency, {residual.name: residual for residual in fitted.residuals}
     assert residuals["passes in training"].worst_error_fraction < 0.03
+    assert residuals["passes of pipelines"].worst_error_fraction < 0.03
+    assert found.pipeline_scale == pytest.approx(1.07, rel=0.02)
+    assert fit(alone._replace(cores_per_node=1, collectives=points, steps=steps)).cluster.efficiency.pipeline_scale == 1.0, "they share cores"
     assert residuals["collectives in training"].worst_error_fraction < 0.1
     assert found.wait_seconds == pytest.approx(1.2e-3, rel=0.1)
     assert found.fresh_bandwidth_bytes_per_second == pytest.approx(2e9, rel=0.3)

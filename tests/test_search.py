@@ -101,12 +101,15 @@ def every_candidate(inputs, constraints):
                         )  # fmt: skip
 
 
-INSTANCES = [("a100-40gb:8", 8, 1.0), ("a100-40gb:8", 16, 0.2), ("a100-40gb:16", 8, 0.11), ("rtx4090-24gb:16", 32, 0.6)]
+INSTANCES = [("a100-40gb:8", 8, 1.0, 1.0), ("a100-40gb:8", 16, 0.2, 1.2), ("a100-40gb:16", 8, 0.11, 1.0), ("rtx4090-24gb:16", 32, 0.6, 1.05)]
+"""Cluster, batch, fraction of the memory, and what passes take longer on pipelines."""
 
 
-@pytest.mark.parametrize("cluster, batch, fraction", INSTANCES)
-def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(cluster, batch, fraction):
+@pytest.mark.parametrize("cluster, batch, fraction, pipeline_scale", INSTANCES)
+def test_no_plan_of_simple_rules_beats_the_search_and_bounds_hold(cluster, batch, fraction, pipeline_scale):
     inputs = inputs_of("gpt3-1.3b", cluster, batch, memory_fraction=fraction)
+    efficiency = replace(inputs.cluster.efficiency, pipeline_scale=pipeline_scale)
+    inputs = replace(inputs, cluster=replace(inputs.cluster, efficiency=efficiency))
     constraints = Constraints(fixed=Fixed(micro_batch_size=1))
     outcome = explore(Costs(inputs), constraints)
     assert outcome.best is not None and outcome.proven

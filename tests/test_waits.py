@@ -113,3 +113,10 @@ def test_a_slow_link_moves_tensor_parallelism_inside_the_host(free):
     assert axis_group(found["slow"].inputs.cluster, across, "tp").nodes == 2
     inputs = found["slow"].inputs
     assert predict_time(inputs, across).time.step_seconds > 1.2 * predict_time(inputs, slow).time.step_seconds
+
+
+def test_passes_of_a_pipeline_are_longer_and_no_others():
+    plain, cold = with_constants(), with_constants(pipeline_scale=1.1)
+    for degrees, factor in (({"pipeline_parallel": 2}, 1.1), ({"data_parallel": 2}, 1.0), ({"tensor_parallel": 2}, 1.0)):
+        before, after = (layer_seconds(*case(cluster, **degrees), "block") for cluster in (plain, cold))
+        assert after.forward == pytest.approx(factor * before.forward) and after.backward == pytest.approx(factor * before.backward)
