@@ -96,7 +96,7 @@ def short_plans(device: str, num_ranks: int, per_node: int) -> list[Short]:
     gpt, llama = variant("tiny-gpt", 128, 4, 4 + times), variant("tiny-llama", 256, 8, 2 + times)
     for model, length, batch, count in ((gpt, 128, 4, 2), (gpt, 128, 1, 4 * times), (llama, 64, 4, 2 * times)):
         found += _short(model, length, "mixed-bf16", batch, count, dp=n)
-    return found
+    return found + (list(_short(gpt, 128, "mixed-bf16", 2, 2 * times * n, pp=n)) if n > 1 else [])
 
 
 def _short(

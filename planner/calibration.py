@@ -50,7 +50,6 @@ def fit(measured: Measurements) -> Fit:
     cluster = _fit_precisions(_start(measured), measured)
     for inside in (True, False):
         cluster = fit_link(cluster, measured, inside)
-    cluster = _fit_pipeline(cluster, measured.steps)
     cluster = _fit_waits(fit_curves(cluster, measured.collectives), measured.steps)
     cluster = _fit_rest(cluster, measured)
     residuals = tuple(residual for residual in _residuals(cluster, measured) if residual.num_points)
@@ -81,7 +80,7 @@ def _of_precisions(measured: Measurements, wanted: Callable[[str], bool]) -> Mea
 
 def _fit_computing(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
     cluster = _fit_layer_scales(_fit_compute(cluster, measured), measured.layers)
-    return _fit_passes(_fit_optimizer(cluster, measured.optimizer), measured.steps)
+    return _fit_pipeline(_fit_passes(_fit_optimizer(cluster, measured.optimizer), measured.steps), measured.steps)
 
 
 def _start(measured: Measurements) -> ClusterSpec:

@@ -58,6 +58,7 @@ class ComputeEfficiency(Document, frozen=True, kw_only=True):
     kernel_seconds: float
     layer_scale: dict[str, float]
     optimizer_scale: float
+    pipeline_scale: float = 1.0
     attention_block_seconds: float | msgspec.UnsetType = msgspec.UNSET
 
 

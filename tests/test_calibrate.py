@@ -67,13 +67,15 @@ def measurements() -> Measurements:
 def with_bf16(cluster):
     """A machine that computes in bf16 otherwise than in fp32."""
     own = replace(compute_efficiency(cluster), attention=0.2, attention_backward=0.9, kernel_seconds=4e-5, attention_block_seconds=6e-5,
-                  optimizer_scale=4.0)  # fmt: skip
+                  optimizer_scale=4.0, pipeline_scale=1.02)  # fmt: skip
     return replace(cluster, efficiency=replace(cluster.efficiency, bf16=own))
 
 
 def test_fit_tells_bf16_from_fp32() -> None:
-    truth = with_bf16(TRUE)
-    fp32 = measurements()
+    truth = with_bf16(replace(TRUE, efficiency=replace(TRUE.efficiency, pipeline_scale=1.1)))
+    steps = {precision: tuple(trained(truth, precision, **{f"{axis}_parallel": 2}) for axis in ("data", "pipeline"))
+             for precision in ("fp32", "mixed-bf16")}  # fmt: skip
+    fp32 = measurements()._replace(steps=steps["fp32"])
     layers = []
     for name in ("tiny-gpt", "tiny-llama"):
         for batch, length in ((1, 64), (4, 128), (2, 256), (1, 512), (1, 1024)):
@@ -84,8 +86,12 @@ def test_fit_tells_bf16_from_fp32() -> None:
     inputs, decisions = one_rank(load_model("tiny-gpt"), 1, 64, "mixed-bf16", truth)
     matmuls = tuple(MatmulPoint("bf16", n, n, n, matmul_seconds(in_precision(truth, "bf16"), "bf16", n, n, n)) for n in (64, 256, 1024))
     optimizer = tuple(OptimizerPoint("mixed-bf16", n, optimizer_seconds(inputs, decisions, n)) for n in (10**5, 10**6))
-    both = fp32._replace(layers=(*fp32.layers, *layers), matmuls=(*fp32.matmuls, *matmuls), optimizer=(*fp32.optimizer, *optimizer))
+    both = fp32._replace(
+        layers=(*fp32.layers, *layers), matmuls=(*fp32.matmuls, *matmuls), optimizer=(*fp32.optimizer, *optimizer),
+        steps=(*steps["fp32"], *steps["mixed-bf16"]),
+    )  # fmt: skip
     found = fit(both).cluster
+    assert found.efficiency.pipeline_scale == pytest.approx(1.1, rel=0.01) and found.efficiency.bf16.pipeline_scale == pytest.approx(1.02, rel=0.01)
     assert found.efficiency.bf16.attention_block_seconds == pytest.approx(6e-5, rel=0.15)
     for precision in ("fp32", "mixed-bf16"):
         for batch, length in ((2, 128), (1, 300)):
@@ -141,13 +147,13 @@ def test_one_rank_measures_no_links() -> None:
     assert "assumed" in fitted.cluster.intra_node.source
 
 
-def trained(truth, **degrees) -> StepPoint:
+def trained(truth, precision="fp32", **degrees) -> StepPoint:
     """What short training on a machine like `truth` would find."""
     model = load_model("tiny-gpt")
     sizes = {"data_parallel": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "micro_batch_size": 2, "num_microbatches": 4, **degrees}
     decisions = Decisions(**sizes, stages=even_stages(model, "1F1B", sizes["pipeline_parallel"], 1, "none"))
     batch = sizes["data_parallel"] * 8
-    inputs = Inputs(model=model, cluster=truth, training=Training(global_batch_size=batch, sequence_length=128, precision="fp32"))
+    inputs = Inputs(model=model, cluster=truth, training=Training(global_batch_size=batch, sequence_length=128, precision=precision))
     kinds = (("embedding", 1), ("block", model.num_layers), ("head", 1))
 
     def passes(cluster) -> tuple[float, float]:
@@ -160,7 +166,7 @@ def trained(truth, **degrees) -> StepPoint:
     sharded = decisions.zero_stage == 3
     rest = optimizer_seconds(inputs, decisions, model.num_parameters / decisions.tensor_parallel) + 0.004
     return StepPoint(
-        model, decisions, 128, "fp32", forward, backward, reduction if sharded else inside, 0.0 if sharded else reduction, rest
+        model, decisions, 128, precision, forward, backward, reduction if sharded else inside, 0.0 if sharded else reduction, rest
     )
 
 
