@@ -80,24 +80,34 @@ def spread(seconds: Sequence[float], rounds: int) -> float:
     return (max(medians) - min(medians)) / 2 / statistics.fmean(medians)
 
 
-POLISHES = 20
+REWEIGHTINGS = 60
+LEAST_RESIDUAL = 1e-4
 
 
 def comparable_seconds(rounds: Sequence[Sequence[float | None]]) -> list[float]:
     """A time for each plan out of those of several rounds, None where a round left it out, on a machine whose speed changes from round to round.
 
-    A plan's time in a round is taken as the plan's own times the round's factor; both are found by median polish of the
-    logarithms (Tukey 1977, "Exploratory Data Analysis", chapter 11), and the times given back are those of the median round. Every plan
-    must be in some round, and the rounds must be joined by plans that they share.
+    A plan's time in a round is taken as the plan's own times the round's factor; both are those with the least sum of absolute
+    residuals of the logarithms, found by least squares reweighted over and over (Schlossmacher 1973, Journal of the American Statistical
+    Association 68). The times given back are those of the median round. Every plan must be in some round, and the rounds must be joined by
+    plans that they share.
     """
-    logs = [[None if seconds is None else math.log(seconds) for seconds in each] for each in rounds]
-    plans, factors = [0.0] * len(rounds[0]), [0.0] * len(rounds)
-    for _ in range(POLISHES):
-        factors = [statistics.median(log - own for log, own in zip(each, plans, strict=True) if log is not None) for each in logs]
-        plans = [statistics.median(log - factor for log, factor in zip(each, factors, strict=True) if log is not None)
-                 for each in zip(*logs, strict=True)]  # fmt: skip
-    middle = statistics.median(factors)
-    return [math.exp(own + middle) for own in plans]
+    import torch
+
+    cells = [(turn, plan, math.log(seconds)) for turn, each in enumerate(rounds) for plan, seconds in enumerate(each) if seconds is not None]
+    num_plans = len(rounds[0])
+    design = torch.zeros(len(cells) + 1, num_plans + len(rounds), dtype=torch.float64)
+    for row, (turn, plan, _) in enumerate(cells):
+        design[row, plan] = design[row, num_plans + turn] = 1.0
+    design[-1, num_plans:] = 1.0  # the factors' logarithms add up to 0
+    logs = torch.tensor([*(log for _, _, log in cells), 0.0], dtype=torch.float64)
+    weights = torch.ones_like(logs)
+    for _ in range(REWEIGHTINGS):
+        found = torch.linalg.lstsq(design * weights[:, None], logs * weights).solution
+        weights = (logs - design @ found).abs().clamp(min=LEAST_RESIDUAL).rsqrt()
+        weights[-1] = 1.0
+    middle = statistics.median(found[num_plans:].tolist())
+    return [math.exp(own + middle) for own in found[:num_plans].tolist()]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

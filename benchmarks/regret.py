@@ -183,9 +183,17 @@ CONTENDER = 1.25
 """A plan may be the fastest when its time is within this factor of the least."""
 
 
-def measure(plans: Sequence[Plan], always: Sequence[int], launcher: Sequence[str], effort: Effort) -> tuple[list[float], list[bool], float]:
-    """Seconds of each plan, whether it was run again (the fastest, the fastest of those whose placement is compared, and those at `always`),
-    and the spread over the last rounds."""
+class Measured(NamedTuple):
+    """Each plan's seconds, and whether it was run again; the spread over the last rounds; and what was measured in each round."""
+
+    seconds: list[float]
+    again: list[bool]
+    spread: float
+    rounds: list[list[float | None]]
+
+
+def measure(plans: Sequence[Plan], always: Sequence[int], launcher: Sequence[str], effort: Effort) -> Measured:
+    """Runs every plan, and again the fastest, the fastest of those whose placement is compared, and those at `always`."""
     rounds: list[list[float | None]] = _rounds(run_plans(plans, steps=effort.steps, rounds=effort.rounds, launcher=launcher), effort.rounds)
     first = comparable_seconds(rounds)
     groups = [range(len(plans)), [index for index, plan in enumerate(plans) if _inside(plan) is not None]]
@@ -196,7 +204,7 @@ def measure(plans: Sequence[Plan], always: Sequence[int], launcher: Sequence[str
         seconds = dict(zip(again, each, strict=True))
         rounds.append([seconds.get(index) for index in range(len(plans))])
     noise = statistics.median(spread(result["seconds"], effort.last_rounds) for result in last)
-    return comparable_seconds(rounds), [index in again for index in range(len(plans))], noise
+    return Measured(comparable_seconds(rounds), [index in again for index in range(len(plans))], noise, rounds)
 
 
 def _rounds(results: Sequence[dict[str, list[float]]], count: int) -> list[list[float | None]]:
@@ -242,11 +250,13 @@ def run_case(case: Case, cluster: ClusterSpec, effort: Effort) -> dict[str, Any]
     launcher = () if case.bench.num_hosts == 1 else hosts("exec")
     chosen = min(range(len(plans)), key=predicted.__getitem__)
     at_choice = len(plans) if same is None else same
-    measured, again, noise = measure(plans if same is not None else [*plans, choice], (chosen, at_choice), launcher, effort)
+    seen = measure(plans if same is not None else [*plans, choice], (chosen, at_choice), launcher, effort)
+    measured, again = seen.seconds, seen.again
     of_choice = measured[at_choice]
     rows = [
-        {"plan": label(plan.decisions), "predicted_seconds": p, "measured_seconds": m, "run_again": a, "tensor_parallel_inside": _inside(plan)}
-        for plan, p, m, a in zip(plans, predicted, measured, again, strict=False)
+        {"plan": label(plan.decisions), "predicted_seconds": p, "measured_seconds": m, "run_again": a, "tensor_parallel_inside": _inside(plan),
+         "rounds": own}
+        for plan, p, m, a, own in zip(plans, predicted, measured, again, zip(*seen.rounds, strict=True), strict=False)
     ]
     best = min((index for index, row in enumerate(rows) if row["run_again"]), key=measured.__getitem__)
     row: dict[str, Any] = {
@@ -262,7 +272,7 @@ def run_case(case: Case, cluster: ClusterSpec, effort: Effort) -> dict[str, Any]
         "solved_regret": of_choice / measured[best] - 1.0,
         "spearman": spearman(predicted, measured[: len(plans)]),
         "mean_error": statistics.fmean(abs(p / m - 1.0) for p, m in zip(predicted, measured, strict=False)),
-        "spread": noise,
+        "spread": seen.spread,
         "placement": _placement(rows),
         "rows": sorted(rows, key=lambda item: item["measured_seconds"]),
     }
@@ -354,8 +364,8 @@ def main() -> int:
     parser.add_argument("--model", choices=[model.name for model, _ in models()], action="append", help="default: all three")
     parser.add_argument("--calibration-rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4, help="of all plans")
-    parser.add_argument("--last-rounds", type=int, default=6, help="of the plans that may be the fastest")
+    parser.add_argument("--rounds", type=int, default=3, help="of all plans")
+    parser.add_argument("--last-rounds", type=int, default=4, help="of the plans that may be the fastest")
     parser.add_argument("-o", "--output", help="name of the result files under benchmarks/results (default: DATE-regret)")
     parser.add_argument("--plot", metavar="FILE", help="where the scatter goes")
     options = parser.parse_args()

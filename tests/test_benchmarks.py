@@ -17,6 +17,10 @@ def test_a_rounds_own_speed_is_taken_out() -> None:
     assert comparable_seconds(rounds) == pytest.approx(true)
     left_out = [rounds[0], rounds[1], [None, *rounds[2][1:3], None], rounds[3], [rounds[4][0], None, rounds[4][2], None]]
     assert comparable_seconds(left_out) == pytest.approx(true)
+    some = [0.2, *(0.1 * (index + 4) for index in range(20))]
+    again = [[*(factor * seconds for seconds in some[:3]), *[None] * 18] for factor in (0.5, 0.6, 0.55, 0.5, 0.45, 0.6)]
+    fewer = comparable_seconds([some, [1.1 * seconds for seconds in some], *again])
+    assert [seconds / fewer[0] for seconds in fewer] == pytest.approx([seconds / 0.2 for seconds in some]), "rounds of a few, faster plans"
     assert comparable_seconds([[0.3, 0.4]]) == pytest.approx([0.3, 0.4])
 
 
