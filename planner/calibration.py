@@ -42,7 +42,7 @@ class Fit(NamedTuple):
 _Point = TypeVar("_Point", MatmulPoint, LayerPoint, OptimizerPoint, StepPoint)
 
 RENDEZVOUS_SECONDS = 1e-6
-"""`Efficiency.receive_seconds` where late receives were seen, but none inside a node: they take their message's time."""
+"""Least `Efficiency.receive_seconds` where late receives were seen: then they take their message's time at least."""
 
 
 def fit(measured: Measurements) -> Fit:
@@ -309,7 +309,9 @@ def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
         efficiency = replace(efficiency, step_seconds=max(0.0, statistics.median(left)))
     if measured.late_receives:
         inside = [point.seconds for point in measured.late_receives if point.inside]
-        efficiency = replace(efficiency, receive_seconds=statistics.fmean(inside) if inside else RENDEZVOUS_SECONDS)
+        longer = [point.seconds - message_seconds(cluster, point.num_bytes, False) for point in measured.late_receives if not point.inside]
+        receive = statistics.fmean(inside) if inside else max(RENDEZVOUS_SECONDS, statistics.fmean(longer))
+        efficiency = replace(efficiency, receive_seconds=receive)
     return replace(cluster, efficiency=efficiency)
 
 

@@ -203,6 +203,11 @@ def test_short_training_gives_back_what_a_step_adds() -> None:
     assert found.fresh_bandwidth_bytes_per_second == pytest.approx(2e9, rel=0.3)
     assert found.receive_seconds == pytest.approx(1.5e-3)
     assert found.step_seconds == pytest.approx(4e-3, rel=0.2)
+    across = tuple(MessagePoint(n, 1e-4 + n / 1e7, inside=False) for n in (1 << 12, 1 << 18, 1 << 22))
+    between = alone._replace(gpus_per_node=1, collectives=(), messages=across)
+    for added, expected in ((2e-3, 2e-3), (-1e-3, 1e-6)):
+        late = tuple(MessagePoint(n, 1e-4 + n / 1e7 + added, inside=False) for n in (1 << 16, 1 << 17))
+        assert fit(between._replace(late_receives=late)).cluster.efficiency.receive_seconds == pytest.approx(expected, rel=0.1), "beyond the message"
 
 
 def pipeline_plan(cluster, schedule="1F1B"):
