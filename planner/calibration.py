@@ -246,8 +246,9 @@ def _pass_ratios(cluster: ClusterSpec, point: StepPoint) -> tuple[float, float]:
 def _fit_pipeline(cluster: ClusterSpec, points: Iterable[StepPoint]) -> ClusterSpec:
     """What passes take longer on ranks that wait for messages: the geometric mean of measured over predicted."""
     ratios = [1.0 / ratio for point in _pipelines(cluster, points) for ratio in _pass_ratios(cluster, point)]
-    scale = max(1.0, statistics.geometric_mean(ratios)) if ratios else 1.0
-    return replace(cluster, efficiency=replace(cluster.efficiency, pipeline_scale=scale))
+    if not ratios:
+        return cluster
+    return replace(cluster, efficiency=replace(cluster.efficiency, pipeline_scale=max(1.0, statistics.geometric_mean(ratios))))
 
 
 def _pipelines(cluster: ClusterSpec, points: Iterable[StepPoint]) -> list[StepPoint]:

@@ -58,7 +58,7 @@ class ComputeEfficiency(Document, frozen=True, kw_only=True):
     kernel_seconds: float
     layer_scale: dict[str, float]
     optimizer_scale: float
-    pipeline_scale: float = 1.0
+    pipeline_scale: float | msgspec.UnsetType = msgspec.UNSET
     attention_block_seconds: float | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -113,7 +113,7 @@ class Efficiency(Document, frozen=True, kw_only=True):
     receive_seconds: float = 0.0
     """Above 0 where a message between pipeline stages only begins to move when its receiver asks for it (gloo), however long before it was
     sent: then a receive takes this at least, for the sender's transport must first get a core, and as long as the message takes."""
-    pipeline_scale: float = 1.0
+    pipeline_scale: float | msgspec.UnsetType = msgspec.UNSET
     """Measured: what passes take on ranks that wait for each other's messages over what they take without (CPUs: cold caches after each wait)."""
     step_seconds: float = 0.0
     """Fixed cost of a step on this machine: loading data, adding up the loss, logging."""

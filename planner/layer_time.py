@@ -84,7 +84,9 @@ def timed_layer(
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
     efficiency = inputs.cluster.efficiency
     scale = efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
-    scale *= slowest_node_factor(inputs.cluster) * (efficiency.pipeline_scale if decisions.pipeline_parallel > 1 else 1.0)
+    scale *= slowest_node_factor(inputs.cluster)
+    if decisions.pipeline_parallel > 1 and efficiency.pipeline_scale is not UNSET:
+        scale *= efficiency.pipeline_scale
     forward_scale = scale * efficiency.layer_scale.get(f"{kind}.forward", 1.0)
     backward_scale = scale * efficiency.layer_scale.get(f"{kind}.backward", 1.0)
     sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)
