@@ -16,11 +16,11 @@ pipeline); 1F1B. Reported are
     Spearman   the rank correlation of predicted and measured times
     spread     the median over plans of half the range of a plan's rounds over their mean: what the machine itself does
 
+and with 4 ranks on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
+
 All plans are run in turn, `--rounds` times, and those within a quarter of the least time, the chosen one and the solved one are then run
 again, `--last-rounds` times in turn. Where a whole round was faster or slower than others that is the machine, not the plans, and is taken out
 (`benchmarks.common.comparable_seconds`). The best is looked for among those that were run again, since the least of many noisy times is too low.
-
-and with 4 ranks on two hosts where the planner put the tensor-parallel groups, and what the best plan with the other placement costs.
 """
 
 from __future__ import annotations

@@ -61,13 +61,7 @@ def run(plan: Plan, steps: int) -> dict[str, Any] | None:
         "seconds": seconds[WARM_STEPS:],
         "bubbles": [bubble_fraction(timeline) for timeline in timelines],
         "utilisations": [sum(each.values()) / len(each) / (last - first) for each, (first, last) in zip(busy, map(window, timelines), strict=True)],
-        "forward_seconds": [_spent(timeline, "F") for timeline in timelines],
-        "backward_seconds": [_spent(timeline, "BIW") for timeline in timelines],
     }
-
-
-def _spent(timeline: Timeline, kinds: str) -> float:
-    return sum(event.end - event.start for event in timeline.events if event.kind in kinds)
 
 
 def _timeline(gathered: Sequence[Any]) -> Timeline:

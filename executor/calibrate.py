@@ -23,13 +23,13 @@ from executor.probe_steps import train_shortly
 from executor.probes import layer_points, layer_shapes, matmul_points, memory_points, optimizer_points
 from executor.processes import processor_name, run_ranks
 from planner.calibration import Residual, fit
+from planner.calibration_rounds import spread_fraction, typical
 from planner.cluster import ClusterSpec
 from planner.correction import correct
 from planner.documents import dumps, write_text
 from planner.errors import InputError, MeshwrightError
 from planner.measurements import Measurements
 from planner.plan import load_plan, plan_hash, replace
-from planner.rounds import spread_fraction, typical
 from planner.run import load_actions, load_run
 
 TIMEOUT_SECONDS = 120.0

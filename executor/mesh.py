@@ -209,8 +209,7 @@ def make_mesh(
         return lambda size: [chosen]
 
     among = {chosen: axis("pp", slices("pp", only(chosen))) for chosen in sorted(pipeline_sets)}
-    if decisions.world_size > 1 and dist.get_backend() == "gloo":
-        hasten_transport()
+    hasten_transport()
     return Mesh(
         rank=rank,
         world_size=decisions.world_size,

@@ -57,8 +57,7 @@ def message_points(device: torch.device, per_node: int) -> Iterator[MessagePoint
         pairs.append(([(place, place + per_node) for place in range(per_node)], False, False))
         if per_node > 1:
             pairs.append(([(0, per_node)], False, True))
-    if dist.get_backend() == "gloo":
-        hasten_transport()
+    hasten_transport()
     for both, inside, alone in pairs:
         mine = next((pair for pair in both if rank in pair), None)
         for size in CUDA_SIZES if device.type == "cuda" else SIZES:
@@ -73,8 +72,7 @@ def _axis(groups: list[list[int]]) -> Axis:
         if dist.get_rank() in ranks:
             found = Axis("probe", tuple(ranks), ranks.index(dist.get_rank()), group)
     assert found is not None
-    if dist.get_backend() == "gloo":
-        hasten_transport()
+    hasten_transport()
     return found
 
 

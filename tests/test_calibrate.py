@@ -8,6 +8,7 @@ import pytest
 from msgspec import UNSET
 
 from planner.calibration import fit
+from planner.calibration_rounds import spread_fraction, typical
 from planner.cluster import compute_efficiency, in_precision, load_cluster
 from planner.correction import correct
 from planner.estimate import predict
@@ -27,7 +28,6 @@ from planner.model import load_model
 from planner.network import all_gather_seconds, all_reduce_seconds, group, message_seconds
 from planner.paradigms import as_plan
 from planner.plan import Decisions, Inputs, Memory, Training, even_stages, plan_hash, replace
-from planner.rounds import spread_fraction, typical
 from planner.run import Coordinates, Run, RunRank, Step, Summary
 from planner.simplex import minimise
 from planner.timeline import Event, Timeline

@@ -17,8 +17,8 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {"pulp": {"program"}, "highspy": {"program"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
 EXECUTOR_MAY = {
-    "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "correction", "measurements", "rounds",
-    "either", "chain_plan", "traced", "trace",
+    "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "calibration_rounds", "correction",
+    "measurements", "either", "chain_plan", "traced", "trace",
 }  # fmt: skip
 
 
