@@ -11,6 +11,7 @@ In one launch the two take steps in turn, a few at a time, and which of them beg
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -71,8 +72,10 @@ def work(listing: str, output: str, rounds: int, steps: int) -> None:
     from executor.mesh import make_mesh
     from executor.optimizer import OptimizerOptions
     from executor.train import RunOptions, Trainer
+    from executor.transport import hasten_transport
 
     torch.set_num_threads(1)
+    _post_alike()
     dist.init_process_group("gloo")
     results = []
     for case in json.loads(Path(listing).read_text()):
@@ -82,6 +85,7 @@ def work(listing: str, output: str, rounds: int, steps: int) -> None:
         options = RunOptions(seed=SEED, learning_rate=1e-3, optimizer=OptimizerOptions())
         ours = Trainer(plan, make_mesh(plan.decisions, dist.get_rank()), options, torch.device("cpu"))
         theirs = {DTENSOR: DTensorTrainer, PLAIN: PlainTrainer}[case["other"]](plan, SEED)
+        hasten_transport()
 
         def step_ours(trainer: Trainer = ours, data: Data = data) -> float:
             trainer.load(data)
@@ -97,6 +101,27 @@ def work(listing: str, output: str, rounds: int, steps: int) -> None:
         Path(output).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _post_alike() -> None:
+    """Makes torch's own message functions post as the executor does (`executor.transport.posting`), so that both sides' messages are served alike."""
+    import torch.distributed as dist
+    import torch.distributed.distributed_c10d as c10d
+
+    from executor.transport import posting
+
+    def posted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with posting():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("isend", "irecv"):
+        replaced = posted(getattr(c10d, name))
+        setattr(c10d, name, replaced)
+        setattr(dist, name, replaced)
 
 
 def race(steps_of: dict[str, Callable[[], float]], rounds: int, steps: int, barrier: Callable[[], Any]) -> dict[str, dict[str, list[float]]]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from executor.transport import irecv, isend
+
 NUM_PINGS = 40
 
 
@@ -54,13 +56,13 @@ def clock_offsets(host: str, device: torch.device, now: Callable[[], int] = time
 def _ask(other: int, device: torch.device, now: Callable[[], int]) -> tuple[int, int, int]:
     message = torch.zeros(1, dtype=torch.int64, device=device)
     sent = now()
-    dist.send(message, other)
-    dist.recv(message, other)
+    isend(message, other).wait()
+    irecv(message, other).wait()
     return sent, int(message), now()
 
 
 def _answer(device: torch.device, now: Callable[[], int]) -> None:
     message = torch.zeros(1, dtype=torch.int64, device=device)
-    dist.recv(message, 0)
+    irecv(message, 0).wait()
     message[0] = now()
-    dist.send(message, 0)
+    isend(message, 0).wait()

@@ -20,6 +20,7 @@ from executor.functions import State
 from executor.measure import Recorder
 from executor.mesh import DONE, Axis, Mesh
 from executor.model import StageModel
+from executor.transport import irecv, isend
 from executor.units import Unit
 from planner.schedule import Actions
 
@@ -302,13 +303,11 @@ class Pipeline:
         axis = self._axis(direction)
         axis.sent_bytes["pp"] += tensor.nbytes
         peer, tag = axis.ranks[self.stage_ranks[to]], self._tag(direction, to, microbatch)
-        self._sends.send((direction, stage), tensor, lambda: dist.isend(tensor, peer, group=axis.group, tag=tag))
+        self._sends.send((direction, stage), tensor, lambda: isend(tensor, peer, axis.group, tag))
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
         shape, dtype = self.messages[min(source, stage)]
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         axis = self._axis(direction)
-        work = dist.irecv(tensor, axis.ranks[self.stage_ranks[source]], group=axis.group, tag=self._tag(direction, stage, microbatch))
-        if work is not None:
-            work.wait()
+        irecv(tensor, axis.ranks[self.stage_ranks[source]], axis.group, self._tag(direction, stage, microbatch)).wait()
         self._inbox[direction, stage, microbatch] = tensor

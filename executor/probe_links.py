@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from executor.mesh import Axis
 from executor.probes import one_call_seconds
-from executor.transport import hasten_transport
+from executor.transport import hasten_transport, irecv, isend
 from planner.measurements import CollectivePoint, MessagePoint
 
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -104,9 +104,7 @@ def _time_messages(pair: tuple[int, int] | None, size: int, device: torch.device
     between = _compute(device)
 
     def message(sends: bool) -> None:
-        work = dist.isend(tensor, other) if sends else dist.irecv(torch.empty_like(tensor), other)
-        assert work is not None
-        work.wait()
+        (isend(tensor, other) if sends else irecv(torch.empty_like(tensor), other)).wait()
 
     def trip() -> float:
         seconds = 0.0

@@ -13,7 +13,7 @@ from executor.measure import Record
 from executor.probe_links import SIZES, message_points
 from executor.probe_steps import Found, Short, _add_messages, _Call, _Step, _step_point, _timed_mesh, _TimedAxis, short_plans
 from executor.processes import run_ranks
-from executor.transport import hasten_transport
+from executor.transport import REAL_TIME_PRIORITY, hasten_transport, posting
 from planner.cluster import load_cluster
 from planner.model import load_model
 from planner.plan import Decisions, even_stages
@@ -88,7 +88,7 @@ def _communicate(rank: int, world: int, store: str, folder: str) -> None:
     assert tensor.tolist() == [6.0] * 4 and len(log) == 2
     if rank == 0:
         assert log[0].seconds > 0.1, "waiting for the last rank counts"
-    Path(folder, str(rank)).write_text(repr((hasten_transport(), *_policies())))
+    Path(folder, str(rank)).write_text(repr((hasten_transport(), *_policies(), _posting_priorities())))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -115,9 +115,11 @@ def test_ranks_without_a_partner_wait_for_those_that_send(tmp_path: Path, ranks:
 def test_timed_axes_communicate_and_write_down_their_collectives(tmp_path: Path) -> None:
     run_ranks(2, _communicate, (str(tmp_path),))
     for rank in range(2):
-        number, threads, real_time, allowed = literal_eval((tmp_path / str(rank)).read_text())
+        number, threads, real_time, allowed, (meanwhile, after) = literal_eval((tmp_path / str(rank)).read_text())
         assert real_time == (threads if allowed else 0), "every thread of gloo's where the system allows it"
         assert number == threads if allowed else 0 <= number <= threads
+        assert meanwhile > REAL_TIME_PRIORITY if allowed else meanwhile == 0, "gloo's threads can't interrupt who posts a message"
+        assert after == 0
 
 
 def _policies() -> tuple[int, int, bool]:
@@ -128,11 +130,20 @@ def _policies() -> tuple[int, int, bool]:
     real_time = sum(os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR for thread in threads)
     usual = os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) <= 0
     try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REAL_TIME_PRIORITY + 1))
     except PermissionError:
         return len(threads), real_time, False
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return len(threads), real_time, usual
+
+
+def _posting_priorities() -> tuple[int, int]:
+    """This thread's real-time priority while it posts a message, and after it; 0 for none."""
+    if not hasattr(os, "sched_getparam"):
+        return 0, 0
+    with posting():
+        meanwhile = os.sched_getparam(0).sched_priority
+    return meanwhile, os.sched_getparam(0).sched_priority
 
 
 def test_hastening_without_gloo_does_nothing() -> None:
