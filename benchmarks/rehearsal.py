@@ -24,7 +24,7 @@ from benchmarks.common import make_plan, processor, table, write_results
 from executor.mesh import make_mesh
 from executor.processes import run_ranks
 from executor.rehearse import Rehearsal, Script, script
-from planner.cluster import load_cluster
+from planner.cluster import RENDEZVOUS_SECONDS, load_cluster
 from planner.errors import InputError
 from planner.model import load_model
 from planner.plan import Plan, make_stages, replace, stage_ranks
@@ -89,9 +89,10 @@ def predicted(plan: Plan, lines: Script, costs: Costs) -> float:
     def seconds(action: Action) -> float:
         return costs.late + lines.seconds[action.kind, action.stage] if action.kind in COMPUTE_KINDS else 0.0
 
+    message = max(costs.message, costs.send)
     timeline = simulate(
-        plan_actions(plan.decisions), seconds, lambda action: max(costs.message, costs.send), blocking_send_seconds=lambda action: costs.send,
-        receive_seconds=costs.receive,
+        plan_actions(plan.decisions), seconds, lambda action: message, blocking_send_seconds=lambda action: costs.send,
+        receive_seconds=max(RENDEZVOUS_SECONDS, costs.receive - message),
     )
     return bubble_fraction(timeline)
 

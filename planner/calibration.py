@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from planner.calibration_links import fit_curves, fit_link, fitted_messages
-from planner.cluster import ClusterSpec, Gpu, Link, compute_efficiency, in_precision
+from planner.cluster import RENDEZVOUS_SECONDS, ClusterSpec, Gpu, Link, compute_efficiency, in_precision
 from planner.graph import LayerKind
 from planner.kernels import elementwise_seconds, matmul_seconds
 from planner.layer_time import layer_seconds, optimizer_seconds, reduce_seconds
@@ -40,9 +40,6 @@ class Fit(NamedTuple):
 
 
 _Point = TypeVar("_Point", MatmulPoint, LayerPoint, OptimizerPoint, StepPoint)
-
-RENDEZVOUS_SECONDS = 1e-6
-"""Least `Efficiency.receive_seconds` where late receives were seen: then they take their message's time at least."""
 
 
 def fit(measured: Measurements) -> Fit:
@@ -309,10 +306,10 @@ def _fit_rest(cluster: ClusterSpec, measured: Measurements) -> ClusterSpec:
             left.append(point.rest_seconds + point.reduction_seconds - expected)
         efficiency = replace(efficiency, step_seconds=max(0.0, statistics.median(left)))
     if measured.late_receives:
-        inside = [point.seconds for point in measured.late_receives if point.inside]
-        longer = [point.seconds - message_seconds(cluster, point.num_bytes, False) for point in measured.late_receives if not point.inside]
-        receive = statistics.fmean(inside) if inside else max(RENDEZVOUS_SECONDS, statistics.fmean(longer))
-        efficiency = replace(efficiency, receive_seconds=receive)
+        inside = any(point.inside for point in measured.late_receives)
+        late = [point for point in measured.late_receives if point.inside == inside]
+        beyond = statistics.fmean(point.seconds - message_seconds(cluster, point.num_bytes, inside) for point in late)
+        efficiency = replace(efficiency, receive_seconds=max(RENDEZVOUS_SECONDS, beyond))
     return replace(cluster, efficiency=efficiency)
 
 

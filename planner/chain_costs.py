@@ -15,8 +15,8 @@ from typing import NamedTuple
 from planner.chain_plan import ChainInputs, chain_stage, recomputed
 from planner.cluster import ClusterSpec, in_precision
 from planner.contention import Demand, placement, shared_walk, shares_cores
-from planner.critical_path import graph
-from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, slowest_node_factor
+from planner.critical_path import RECEIVE, Key, graph
+from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, pipeline_factor, slowest_node_factor
 from planner.moments import memory_moments
 from planner.network import (
     all_gather_seconds,
@@ -105,9 +105,10 @@ class ChainCosts:
         shards = decisions.data_parallel if decisions.zero_stage else 1
         return StateBytes(count * self.state.weights, count * self.state.gradients, -(-count * self.state.optimizer // shards))
 
-    def option(self, layer: int, samples: int, level: str) -> Option:
-        """One way to run a layer."""
-        cost, time = self.cost(layer), self.times(layer, samples)
+    def option(self, layer: int, samples: int, level: str, scale: float = 1.0) -> Option:
+        """One way to run a layer, which takes `scale` times its time."""
+        cost, alone = self.cost(layer), self.times(layer, samples)
+        time = LayerTimes(alone.forward * scale, alone.backward * scale)
         saved = at(cost.saved_bytes, samples)
         forward_transient, backward_transient = at(cost.forward_transient_bytes, samples), at(cost.backward_transient_bytes, samples)
         if level == "none":
@@ -153,16 +154,19 @@ class ChainCosts:
     def pipeline(self, decisions: Decisions, levels: tuple[str, ...] = LEVELS) -> Pipeline:
         """The chain in the numbers of the ILP: runs of one layer, and edges with the message behind each."""
         b, p, n = decisions.micro_batch_size, decisions.pipeline_parallel, self.model.num_layers
+        scale = pipeline_factor(self.cluster.spec, p)
         runs = []
         for layer in range(n):
             cost = self.cost(layer)
-            options = tuple(self.option(layer, b, level) for level in levels)
+            options = tuple(self.option(layer, b, level, scale) for level in levels)
             states = sum(self.states(decisions, cost)) + cost.frozen_bytes
             runs.append(Run(self.model.layers[layer].name, 1, options, states, cost.num_parameters + cost.num_shared_parameters * (p > 1)))
         near = self.same_node(decisions)
         fastest = self.bandwidth(decisions, any(near))
         cluster = self.inputs.cluster
-        fixed = {}
+        fixed: dict[Key, float] = {}
+        if p > 1 and cluster.efficiency.receive_seconds:
+            fixed[RECEIVE] = cluster.efficiency.receive_seconds
         for stage, same in enumerate(near):
             fixed["SEND_F", stage] = fixed["SEND_B", stage + 1] = message_seconds(cluster, 0.0, same)
         total = float(sum(run.parameters for run in runs)) or 1.0
@@ -229,8 +233,9 @@ def predict_timeline(costs: ChainCosts, decisions: Decisions) -> Timeline:
         return times.get((action.kind, action.stage), 0.0)
 
     cluster = costs.inputs.cluster
+    receive = cluster.efficiency.receive_seconds
     if not costs.shared:
-        return simulate(lists, seconds, transfer)
+        return simulate(lists, seconds, transfer, receive_seconds=receive)
     share = core_share(cluster, cluster.num_gpus)
 
     def demand(rank: int, action: Action) -> Demand:
@@ -238,7 +243,7 @@ def predict_timeline(costs: ChainCosts, decisions: Decisions) -> Timeline:
             return Demand(times["OPTIMIZER", rank] / share)
         return Demand(0.0, seconds(action)) if action.kind == "REDUCE" else Demand(seconds(action) / share)
 
-    return shared_walk(lists, demand, transfer, cluster.cores_per_node or 1, placement(cluster, decisions))
+    return shared_walk(lists, demand, transfer, cluster.cores_per_node or 1, placement(cluster, decisions), receive)
 
 
 def step_seconds(costs: ChainCosts, decisions: Decisions) -> float:

@@ -17,6 +17,9 @@ from planner.errors import InputError
 SCHEMA = "meshwright.cluster/1"
 Device = Literal["cuda", "cpu", "other"]
 
+RENDEZVOUS_SECONDS = 1e-6
+"""Least `Efficiency.receive_seconds` where late receives were seen: above 0, so that they take their message's time."""
+
 
 class Gpu(Document, frozen=True, kw_only=True):
     """One accelerator (or one CPU rank). FLOP/s are dense, without sparsity."""
@@ -112,7 +115,7 @@ class Efficiency(Document, frozen=True, kw_only=True):
     the gradients that ZeRO-2 and 3 make for each micro-batch. Null where that is not counted."""
     receive_seconds: float = 0.0
     """Above 0 where a message between pipeline stages only begins to move when its receiver asks for it (gloo), however long before it was
-    sent: then a receive takes this at least, for the sender's transport must first get a core, and as long as the message takes."""
+    sent: what such a receive takes beyond the message itself, for the sender's transport must first get a core."""
     pipeline_scale: float | msgspec.UnsetType = msgspec.UNSET
     """Measured: what passes take on ranks that wait for each other's messages over what they take without (CPUs: cold caches after each wait)."""
     step_seconds: float = 0.0

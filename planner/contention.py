@@ -102,7 +102,7 @@ def shared_walk(
             arrival = arrivals.get(action)
             if arrival is None:
                 return False
-            least = max(receive_seconds, transfers[action]) if receive_seconds > 0.0 else 0.0
+            least = receive_seconds + transfers[action] if receive_seconds > 0.0 else 0.0
             rank.state, rank.until = "waiting", max(rank.start + least, now, arrival)
             return True
         if kind in "FBI" and not _ready(action, last_stage, ends, owned[index]):

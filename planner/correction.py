@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from planner.cluster import ClusterSpec, ComputeEfficiency, Efficiency, Link, compute_efficiency, in_precision
-from planner.layer_time import final_sums_seconds
+from planner.cluster import RENDEZVOUS_SECONDS, ClusterSpec, ComputeEfficiency, Efficiency, Link, compute_efficiency, in_precision
+from planner.layer_time import final_sums_seconds, transfer_seconds
 from planner.network import axis_group
 from planner.plan import Axis, Decisions, Inputs, replace
 from planner.run import Run
@@ -39,11 +39,11 @@ def correct(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline |
     measured = run.summary.step_seconds
     if timeline is None or not timeline.events:
         ratios = {"compute": measured / before} if before else {}
-        cluster = _scaled(inputs.cluster, decisions, ratios)
+        cluster = _scaled(inputs, decisions, ratios)
     else:
         last = run.steps[-1].seconds
         ratios = _ratios(inputs, decisions, run, timeline, measured / last if last > 0 else 1.0)
-        cluster = _scaled(inputs.cluster, decisions, ratios)
+        cluster = _scaled(inputs, decisions, ratios)
         cluster = _optimizer_scaled(replace(inputs, cluster=cluster), decisions, inputs, ratios.get("optimizer", 1.0))
         fixed = max(0.0, last - timeline.end)
         cluster = replace(cluster, efficiency=replace(cluster.efficiency, step_seconds=fixed))
@@ -81,9 +81,16 @@ def _ratios(inputs: Inputs, decisions: Decisions, run: Run, timeline: Timeline, 
     if transits and expected_transits:
         found["messages"] = _bounded(statistics.median(transits) * to_median / statistics.median(expected_transits))
     late = _late(timeline, run)
-    if late and inputs.cluster.efficiency.receive_seconds > 0 and axis_group(inputs.cluster, decisions, "pp").nodes == 1:
-        found["late receives"] = _bounded(statistics.fmean(late) * to_median / inputs.cluster.efficiency.receive_seconds)
+    if late and inputs.cluster.efficiency.receive_seconds > 0:
+        found["late receives"] = _bounded(statistics.fmean(late) * to_median / _late_seconds(inputs.cluster, inputs, decisions))
     return found
+
+
+def _late_seconds(cluster: ClusterSpec, inputs: Inputs, decisions: Decisions) -> float:
+    """Predicted for a receive whose message had been sent before: the mean over the pipeline's links."""
+    links = range(decisions.pipeline_parallel - 1)
+    transfers = [transfer_seconds(replace(inputs, cluster=cluster), decisions, rank) for rank in links]
+    return cluster.efficiency.receive_seconds + statistics.fmean(transfers)
 
 
 def _bounded(ratio: float) -> float:
@@ -146,8 +153,8 @@ def _transits(timeline: Timeline, run: Run) -> list[float]:
     return [event.end - event.start for event in _messages(timeline, places)]
 
 
-def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]) -> ClusterSpec:
-    efficiency = cluster.efficiency
+def _scaled(inputs: Inputs, decisions: Decisions, ratios: dict[str, float]) -> ClusterSpec:
+    cluster, efficiency = inputs.cluster, inputs.cluster.efficiency
     both = ratios.get("compute", 1.0)
     forward, backward = ratios.get("forward", both), ratios.get("backward", both)
     scales = {
@@ -162,9 +169,11 @@ def _scaled(cluster: ClusterSpec, decisions: Decisions, ratios: dict[str, float]
         cluster = _slower_collectives(cluster, decisions, "dp", ratios["reduction"])
     if "messages" in ratios:
         cluster = _slower_messages(cluster, decisions, ratios["messages"])
-    if "late receives" in ratios:
-        receive = cluster.efficiency.receive_seconds * ratios["late receives"]
-        cluster = replace(cluster, efficiency=replace(cluster.efficiency, receive_seconds=receive))
+    if "late receives" in ratios:  # what they take beyond the messages' new times
+        receive = cluster.efficiency.receive_seconds
+        wanted = _late_seconds(inputs.cluster, inputs, decisions) * ratios["late receives"]
+        longer = wanted - (_late_seconds(cluster, inputs, decisions) - receive)
+        cluster = replace(cluster, efficiency=replace(cluster.efficiency, receive_seconds=max(RENDEZVOUS_SECONDS, longer)))
     waits = ratios.get("reduction", 1.0) if decisions.tensor_parallel == 1 else (forward + backward) / 2
     return replace(cluster, efficiency=replace(cluster.efficiency, wait_seconds=cluster.efficiency.wait_seconds * waits))
 

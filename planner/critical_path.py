@@ -22,7 +22,7 @@ Key = tuple[str, int]
 """What takes time: ("F" | "B" | "I" | "W" | "REDUCE" | "SEND_F" | "SEND_B", stage) or ("OPTIMIZER", pipeline rank)."""
 
 RECEIVE: Key = ("RECEIVE", 0)
-"""The least time of a receive, on a rank that does nothing else meanwhile."""
+"""What a receive takes beside its message where the message only begins to move when it is asked for; the rank does nothing else meanwhile."""
 
 Path = tuple[tuple[Key, int], ...]
 """How often each `Key` lies on one path through the graph, in a fixed order."""
@@ -57,7 +57,7 @@ class Graph:
         receive, indices = seconds.get(RECEIVE, 0.0), range(len(self.key_of))
         if receive:
             for index, key, previous, needs, message in zip(indices, self.key_of, self.previous, self.needs, self.message, strict=True):
-                start = found[previous] + (receive if message >= 0 else 0.0)
+                start = found[previous] + (receive + durations[message] if message >= 0 else 0.0)
                 found[index] = max(start, found[needs] + durations[message]) + durations[key]
             return found
         for index, key, previous, needs, message in zip(indices, self.key_of, self.previous, self.needs, self.message, strict=True):
@@ -117,15 +117,15 @@ class Graph:
             previous, needs = self.previous[index], self.needs[index]
             if needs >= 0:
                 message = self.keys[self.message[index]] if self.message[index] >= 0 else None
-                arrival = ends[needs] + (seconds.get(message, 0.0) if message else 0.0)
-                receive = seconds.get(RECEIVE, 0.0) if message else 0.0
-                before = ends[previous] + receive  # ends[-1] is 0, the start
-                if (previous < 0 and not receive) or arrival + slack > before:
-                    if message:
-                        counts[message] = counts.get(message, 0) + 1
+                transfer, receive = (seconds.get(message, 0.0), seconds.get(RECEIVE, 0.0)) if message else (0.0, 0.0)
+                late = receive + transfer if receive else 0.0
+                arrives = (previous < 0 and not late) or ends[needs] + transfer + slack > ends[previous] + late  # ends[-1] is 0, the start
+                if message and (arrives or late):
+                    counts[message] = counts.get(message, 0) + 1
+                if arrives:
                     index = needs
                     continue
-                if receive:
+                if late:
                     counts[RECEIVE] = counts.get(RECEIVE, 0) + 1
             index = previous
         return tuple(sorted(counts.items()))

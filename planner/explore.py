@@ -413,7 +413,7 @@ class _Search:
         if not fits and excess_bytes(pipeline, counts)[0] > 1e-9 * abs(pipeline.limits[0]):
             return
         plan = replace(candidate, stages=stages_of(candidate, counts, self.levels))
-        if self.shared or self.inputs.cluster.efficiency.receive_seconds > 0.0:  # neither is in the graph
+        if self.shared:  # which the graph does not know
             seconds = predict_time(self.inputs, plan).time.step_seconds or math.inf
         else:
             seconds = graph(*shape_of(candidate)).longest(stage_seconds(pipeline, counts)) + self.costs.step_seconds

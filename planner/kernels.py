@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from math import log, sqrt
 
+from msgspec import UNSET
+
 from planner.cluster import ClusterSpec
 from planner.plan import Precision
 
@@ -78,3 +80,9 @@ def slowest_node_factor(cluster: ClusterSpec) -> float:
     """Time of the slowest of n nodes over the mean: 1 + sigma·sqrt(2·ln n), the expected maximum of n normal variables."""
     nodes = cluster.num_nodes
     return 1.0 + cluster.efficiency.jitter * sqrt(2.0 * log(nodes)) if nodes > 1 else 1.0
+
+
+def pipeline_factor(cluster: ClusterSpec, pipeline_parallel: int) -> float:
+    """Time of passes on ranks that wait for each other's messages over that without (`Efficiency.pipeline_scale`); 1 where it was not measured."""
+    scale = cluster.efficiency.pipeline_scale
+    return 1.0 if pipeline_parallel == 1 or scale is UNSET else scale

@@ -13,7 +13,15 @@ from msgspec import UNSET
 
 from planner.cluster import ClusterSpec, in_precision
 from planner.graph import LayerKind
-from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, matmul_seconds, peak_flops_per_second, slowest_node_factor
+from planner.kernels import (
+    ELEMENT_BYTES,
+    core_share,
+    elementwise_seconds,
+    matmul_seconds,
+    peak_flops_per_second,
+    pipeline_factor,
+    slowest_node_factor,
+)
 from planner.model import ModelSpec
 from planner.network import (
     Group,
@@ -84,9 +92,7 @@ def timed_layer(
     parts = {"embedding": _embedding, "block": _block, "head": _head}[kind](inputs, decisions, program)
     efficiency = inputs.cluster.efficiency
     scale = efficiency.time_scale * program.compute_scale * core_share(inputs.cluster, inputs.cluster.num_gpus)
-    scale *= slowest_node_factor(inputs.cluster)
-    if decisions.pipeline_parallel > 1 and efficiency.pipeline_scale is not UNSET:
-        scale *= efficiency.pipeline_scale
+    scale *= slowest_node_factor(inputs.cluster) * pipeline_factor(inputs.cluster, decisions.pipeline_parallel)
     forward_scale = scale * efficiency.layer_scale.get(f"{kind}.forward", 1.0)
     backward_scale = scale * efficiency.layer_scale.get(f"{kind}.backward", 1.0)
     sent = parts.communication_forward * (1.0 - program.overlap_tensor_forward)

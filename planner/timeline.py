@@ -60,7 +60,7 @@ def simulate(
     `seconds` is the time of a compute, REDUCE or OPTIMIZER action, `transfer_seconds` of a message, given its SEND
     action, from the start of the send to its arrival. A rank does one action at a time in the order of its list. A send
     holds its rank for `blocking_send_seconds` (default 0); a receive lasts until its message has arrived. With
-    `receive_seconds` above 0 a message only begins to move when it is asked for: a receive takes that long and its transfer's time at least.
+    `receive_seconds` above 0 a message only begins to move when it is asked for, so long after that: a receive takes both at least.
     """
     clocks = [0.0] * len(lists)
     positions = [0] * len(lists)
@@ -98,7 +98,7 @@ def simulate(
                     arrival = arrivals.get(action)
                     if arrival is None:
                         break
-                    least = max(receive_seconds, transfers[action]) if receive_seconds > 0.0 else 0.0
+                    least = receive_seconds + transfers[action] if receive_seconds > 0.0 else 0.0
                     clock = max(clock + least, arrival)
                 else:
                     clock = start + seconds(action)

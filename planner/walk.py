@@ -42,7 +42,7 @@ class StageTimes(NamedTuple):
     transfer: Sequence[float]
     """Messages from a stage to the next one, either way."""
     receive: float = 0.0
-    """Above 0 where a message begins to move when it is asked for: a receive takes this and its transfer's time at least."""
+    """Above 0 where a message begins to move this long after it is asked for, so that a receive takes it and the transfer at least."""
 
 
 class _Program(NamedTuple):
@@ -102,7 +102,7 @@ def _walk(schedule: str, p: int, v: int, m: int, times: StageTimes) -> list[floa
     ends = [0.0]
     append = ends.append
     if times.receive > 0.0:
-        received = program.messages([*(max(times.receive, transfer) for transfer in times.transfer), 0.0])
+        received = program.messages([*(times.receive + transfer for transfer in times.transfer), 0.0])
         for previous, needs, duration, message, receive in zip(program.previous, program.needs, seconds, messages, received, strict=True):
             append(max(ends[previous] + receive, ends[needs] + message) + duration)
         return ends

@@ -9,7 +9,7 @@ from msgspec import UNSET
 
 from planner.calibration import fit
 from planner.calibration_rounds import spread_fraction, typical
-from planner.cluster import compute_efficiency, in_precision, load_cluster
+from planner.cluster import Link, compute_efficiency, in_precision, load_cluster
 from planner.correction import correct
 from planner.estimate import predict
 from planner.kernels import elementwise_seconds, matmul_seconds
@@ -201,7 +201,8 @@ def test_short_training_gives_back_what_a_step_adds() -> None:
     assert residuals["collectives in training"].worst_error_fraction < 0.1
     assert found.wait_seconds == pytest.approx(1.2e-3, rel=0.1)
     assert found.fresh_bandwidth_bytes_per_second == pytest.approx(2e9, rel=0.3)
-    assert found.receive_seconds == pytest.approx(1.5e-3)
+    messages = [message_seconds(fitted.cluster, point.num_bytes, same_node=True) for point in late[:2]]
+    assert found.receive_seconds == pytest.approx(1.5e-3 - sum(messages) / 2), "beyond the message, inside the node"
     assert found.step_seconds == pytest.approx(4e-3, rel=0.2)
     across = tuple(MessagePoint(n, 1e-4 + n / 1e7, inside=False) for n in (1 << 12, 1 << 18, 1 << 22))
     between = alone._replace(gpus_per_node=1, collectives=(), messages=across)
@@ -237,6 +238,20 @@ def pretend_run(plan, truth) -> tuple[Run, Timeline]:
     summary = Summary(step_seconds=seconds, bubble_fraction=0.0, peak_bytes=0, tokens_per_second=0.0)
     run = Run(plan_hash=plan_hash(plan), rehearsed=False, environment={}, steps=(step,), ranks=ranks, summary=summary)
     return run, Timeline(source="measured", events=tuple(Event(*event) for event in events))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_late_receives_are_corrected_by_what_they_take_beyond_their_message(nodes) -> None:
+    between = Link(bandwidth_bytes_per_second=1e9, latency_seconds=2e-4)
+    efficiency = replace(TRUE.efficiency, receive_seconds=1e-3)
+    given = replace(TRUE, efficiency=efficiency, gpus_per_node=2 // nodes, inter_node=between)
+    truth = replace(given, efficiency=replace(given.efficiency, receive_seconds=3e-3))
+    plan = pipeline_plan(given)
+    run, timeline = pretend_run(plan, truth)
+    corrected = correct(plan.inputs, plan.decisions, run, timeline)
+    assert corrected.ratios["late receives"] > 1.2 and corrected.ratios["messages"] == pytest.approx(1.0, rel=0.05)
+    assert corrected.cluster.efficiency.receive_seconds == pytest.approx(3e-3, rel=0.05)
+    assert corrected.after == pytest.approx(run.summary.step_seconds, rel=0.01)
 
 
 def test_correction_converges_on_the_machine_that_ran() -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from planner.critical_path import graph, path_seconds
+from planner.critical_path import RECEIVE, graph, path_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES
 from planner.schedule import Action, actions
 from planner.timeline import simulate
@@ -21,36 +21,40 @@ SHAPES = [
 ]
 
 
-def random_seconds(shape, rng):
+def random_seconds(shape, rng, late=False):
+    """With `late`, messages only begin to move when they are asked for."""
     schedule, p, v, _ = shape
     kinds = "FIW" if schedule in SPLIT_BACKWARD_SCHEDULES else "FB"
     found = {(kind, stage): rng.uniform(0.5, 2.0) for kind in (*kinds, "REDUCE", "SEND_F", "SEND_B") for stage in range(p * v)}
-    return found | {("OPTIMIZER", rank): rng.uniform(0, 1) for rank in range(p)}
+    found |= {("OPTIMIZER", rank): rng.uniform(0, 1) for rank in range(p)}
+    return found | ({RECEIVE: rng.uniform(0.01, 1)} if late else {})
 
 
 def walked(shape, seconds):
     def action_seconds(action: Action) -> float:
         return seconds[action.kind, action.stage] if action.kind != "OPTIMIZER" else 0.0
 
-    timeline = simulate(actions(*shape), action_seconds, lambda action: seconds[action.kind, action.stage])
+    timeline = simulate(actions(*shape), action_seconds, lambda action: seconds[action.kind, action.stage], receive_seconds=seconds.get(RECEIVE, 0.0))
     ends = {rank: max(event.end for event in timeline.events if event.rank == rank) for rank in timeline.ranks}
     return max(end + seconds["OPTIMIZER", rank] for rank, end in ends.items())
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_longest_path_is_the_walk(shape):
+def test_longest_path_is_the_walk(shape, late):
     rng = random.Random(str(shape))
     for _ in range(20):
-        seconds = random_seconds(shape, rng)
+        seconds = random_seconds(shape, rng, late)
         assert graph(*shape).longest(seconds) == pytest.approx(walked(shape, seconds), rel=1e-12)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_critical_paths_are_as_long_as_the_step_and_bound_every_other_step(shape):
+def test_critical_paths_are_as_long_as_the_step_and_bound_every_other_step(shape, late):
     rng = random.Random(str(shape))
     whole = graph(*shape)
     for _ in range(10):
-        seconds, others = random_seconds(shape, rng), random_seconds(shape, rng)
+        seconds, others = random_seconds(shape, rng, late), random_seconds(shape, rng, late)
         length, paths = whole.critical_paths(seconds)
         for path in whole.rank_paths():
             assert path_seconds(path, seconds) <= length * (1 + 1e-9)
