@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,24 +88,43 @@ def dumps(document: Any) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str, field: str = "--output") -> None:
-    """Writes `text` to `path` whole or not at all: a temporary file beside it, then a rename."""
-    target = Path(path)
+    """Writes `text` to `path` whole or not at all: a temporary file beside it, then a rename, which keeps the permissions of a file
+    that is there. A link is followed; a device or a pipe is written to as it is.
+    """
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if _is_stream(Path(path)):
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(text)
+        else:
+            _replace(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise InputError(field, str(path), f"a writable place is expected ({error.strerror})") from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a device, a pipe or an open file of a process, which nothing may take the place of."""
+    return (path.exists() and not path.is_file() and not path.is_dir()) or path.absolute().parts[1:2] in (("dev",), ("proc",))
+
+
+def _replace(target: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        os.chmod(temporary, _permissions(target))
         os.replace(temporary, target)
-    except BaseException as error:
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(field, str(path), f"a writable place is expected ({error.strerror})") from None
         raise
+
+
+def _permissions(target: Path) -> int:
+    """Of a file that is there, or of one newly made."""
+    if target.is_file():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _at(value: Any, path: str) -> Any:

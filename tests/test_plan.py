@@ -1,4 +1,7 @@
 import json
+import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,6 +158,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="writable"):
         documents.write_text(tmp_path / "none" / "plan.json", "text")
+
+
+def test_what_is_no_file_is_written_to_and_links_and_permissions_stay(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "file.json"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    read: list[str] = []
+    reader.start()
+    documents.write_text(pipe, "through")
+    reader.join(10)
+    assert read == ["through"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    link.symlink_to(file)
+    documents.write_text(link, "new")
+    assert link.is_symlink() and file.read_text() == "new"
+    file.chmod(0o600)
+    documents.write_text(link, "newer")
+    assert link.is_symlink() and file.read_text() == "newer" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    documents.write_text(f"/dev/fd/{os.open(file, os.O_WRONLY)}", "by number")
+    assert file.read_text() == "by number" and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_a_plan_made_before_the_model_had_its_later_fields_loads() -> None:
