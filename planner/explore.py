@@ -65,6 +65,8 @@ FIRST_PLANS = 2
 """Plans that are looked for before anything is proven."""
 PATIENCE_SECONDS = 8.0
 """CPU-seconds of a search after which a plan within the accepted gap is enough."""
+SETTLE_SECONDS = 0.3
+"""CPU-seconds for the stages of one candidate that has lost already, as far as its programs keep to it."""
 
 
 class Found(NamedTuple):
@@ -118,6 +120,19 @@ def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) ->
     return second.run()
 
 
+def settle(costs: Costs, constraints: Constraints, known: Found) -> tuple[Found, bool]:
+    """The best stages of a known plan's candidate, as far as `SETTLE_SECONDS` go, and whether they are within the accepted gap of the best."""
+    search = _Search(costs, constraints, math.inf)
+    if search.shared:
+        return known, True
+    candidate = replace(known.decisions, stages=())
+    search.patience = Patience(time.process_time() + SETTLE_SECONDS, 1.0)
+    search.best = search.others[candidate] = known
+    search.push(costs.step_seconds, CANDIDATE, candidate)
+    bound, proven = search.drain()
+    return search.best, proven or bound >= search.best.seconds * (1 - constraints.accepted_gap)
+
+
 class _Search:
     """The queue, the best plan so far, and what is known of regular cuts."""
 
@@ -151,6 +166,14 @@ class _Search:
             self.push_degrees(degrees)
         if not self.shared:
             self.first_plans()
+        bound, proven = self.drain()
+        return Outcome(
+            self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
+            time.monotonic() - self.started, self.shared, self.deadline is not None and time.monotonic() > self.deadline,
+        )  # fmt: skip
+
+    def drain(self) -> tuple[float, bool]:
+        """Opens nodes in the order of their bounds until none can hold a better plan; the bound on all, and whether it is proven."""
         bound, proven = math.inf, not self.shared
         while self.queue:
             node = heapq.heappop(self.queue)
@@ -164,10 +187,7 @@ class _Search:
             left = self.open(node)
             if left < self.goal * (1 - TOLERANCE):
                 bound, proven = min(bound, left), False
-        return Outcome(
-            self.best, min(bound, self.goal), proven, self.num_candidates, self.num_solved, self.solver, tuple(self.others.values()),
-            time.monotonic() - self.started, self.shared, self.deadline is not None and time.monotonic() > self.deadline,
-        )  # fmt: skip
+        return bound, proven
 
     def first_plans(self) -> None:
         """Finds a good plan before anything is proven: simple rules on the candidates that look fastest."""

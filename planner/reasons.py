@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 from planner import bounds, greedy
 from planner.candidates import (
@@ -25,7 +27,7 @@ from planner.contention import shares_cores
 from planner.critical_path import graph
 from planner.errors import DoesNotFitError, InputError, SolverError
 from planner.estimate import capacity_bytes
-from planner.explore import Outcome, explore
+from planner.explore import Found, Outcome, explore, settle
 from planner.memory import predict_memory
 from planner.moments import least_in_flight
 from planner.network import axis_group
@@ -54,6 +56,10 @@ FLAGS = {
 }
 NEAR = 5
 """Other degrees that a plan is compared with."""
+MOST_GPUS = 65536
+"""Up to which more GPUs are tried."""
+SETTLING_SECONDS = 2.0
+"""CPU-seconds for the stages of all runners-up."""
 REPAIR_SECONDS = 4.0
 """Wall-clock seconds that one relaxed search for a repair may take."""
 
@@ -96,11 +102,27 @@ def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tupl
             decisions=plan,
             step_seconds=seconds,
             peak_bytes=max(need.total_bytes for need in predict_memory(costs.inputs, plan)),
-            why_not=why_slower(costs.inputs, own_time, plan),
+            why_not=_order_in_words(best.decisions, plan) + why_slower(costs.inputs, own_time, plan, at_most=not settled),
         )
-        for seconds, plan in kept
+        for seconds, plan, settled in _settled(costs, constraints, best, kept)
     ]
     return (*found, *(_misfit(costs.inputs, candidate, constraints) for candidate in misfits[:2]))
+
+
+def _settled(costs: Costs, constraints: Constraints, best: Found, plans: Iterable[tuple[float, Decisions]]) -> list[tuple[float, Decisions, bool]]:
+    """The plans with the best stages of the same candidates, the fastest first, and whether they are known to be that.
+
+    After `SETTLING_SECONDS` the rest stays as it is; and none is better than the winner, whose gap may be open.
+    """
+    until, found = time.process_time() + SETTLING_SECONDS, []
+    for seconds, plan in plans:
+        settled = time.process_time() < until
+        if settled:
+            other, settled = settle(costs, constraints, Found(plan, seconds))
+            if other.seconds >= best.seconds * (1 - 1e-9):
+                plan, seconds = other.decisions, other.seconds
+        found.append((seconds, plan, settled))
+    return sorted(found, key=lambda item: item[0])
 
 
 def simple_plan(costs: Costs, candidate: Decisions, levels: tuple[Recompute, ...]) -> tuple[float, Decisions] | None:
@@ -172,14 +194,24 @@ def _neighbours(costs: Costs, constraints: Constraints, best: Decisions) -> Iter
     yield from (candidate for _, candidate in sorted(found, key=lambda item: item[0])[:NEAR])
 
 
+def _order_in_words(best: Decisions, other: Decisions) -> str:
+    """The order of another plan's axes where it differs from the best plan's: "axes in the order tp-pp-dp: "."""
+    used = [[axis for axis in plan.rank_order if _size(plan, axis) > 1] for plan in (best, other)]
+    return "" if sorted(used[0]) != sorted(used[1]) or used[0] == used[1] else f"axes in the order {'-'.join(used[1])}: "
+
+
+def _size(decisions: Decisions, axis: Axis) -> int:
+    return {"tp": decisions.tensor_parallel, "dp": decisions.data_parallel, "pp": decisions.pipeline_parallel}[axis]
+
+
 def _differences(best: Decisions, other: Decisions) -> list[tuple[str, object]]:
     names = ("tensor_parallel", "pipeline_parallel", "schedule", "zero_stage", "data_parallel_replicate", "rank_order", "sequence_parallel",
              "micro_batch_size")  # fmt: skip
     return [(name, getattr(other, name)) for name in names if getattr(best, name) != getattr(other, name)]
 
 
-def why_slower(inputs: Inputs, best: TimePrediction, other: Decisions) -> str:
-    """What the slower plan loses, the largest parts first, and what it wins back."""
+def why_slower(inputs: Inputs, best: TimePrediction, other: Decisions, *, at_most: bool = False) -> str:
+    """What the slower plan loses, the largest parts first, and what it wins back; `at_most` where better stages of it may be there."""
     a, b = best, predict_time(inputs, other)
     total = (b.time.step_seconds or 0.0) - (a.time.step_seconds or 0.0)
     if total <= 1e-6 * (a.time.step_seconds or 1.0):
@@ -187,7 +219,7 @@ def why_slower(inputs: Inputs, best: TimePrediction, other: Decisions) -> str:
     changes = sorted(((b.breakdown.get(part, 0.0) - a.breakdown.get(part, 0.0), words) for part, words in PARTS.items()), reverse=True)
     lost = [f"{duration(change)} more {words}{_where(inputs, other, words)}" for change, words in changes if change > 0.1 * total]
     won = [f"{duration(-change)} of {words}" for change, words in reversed(changes) if -change > 0.1 * total]
-    text = f"{duration(total)} slower: {', '.join(lost[:2]) or 'a little of everything'}"
+    text = f"{'at most ' if at_most else ''}{duration(total)} slower: {', '.join(lost[:2]) or 'a little of everything'}"
     return text + (f"; it saves {won[0]}" if won else "")
 
 
@@ -231,15 +263,14 @@ def why(costs: Costs, outcome: Outcome) -> tuple[str, ...]:
     """The placement of the axes and its price elsewhere, and what binds."""
     assert outcome.best is not None
     inputs, best = costs.inputs, outcome.best.decisions
-    sizes = {"tp": best.tensor_parallel, "dp": best.data_parallel, "pp": best.pipeline_parallel}
     lines = []
     if inputs.cluster.num_nodes > 1:
         parts = []
         for axis in best.rank_order:
-            if sizes[axis] > 1:
+            if _size(best, axis) > 1:
                 nodes = axis_group(inputs.cluster, best, axis).nodes
                 words = replicas_in_words(best) if axis == "dp" else ""
-                parts.append(f"{axis} {sizes[axis]} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}{words}")
+                parts.append(f"{axis} {_size(best, axis)} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}{words}")
         lines.append("placement: " + ", ".join(parts) + _other_orders(costs, best, outcome.best.seconds))
     rank, over, _ = _shortage(inputs, best)
     levels = {str(stage.recompute) if isinstance(stage.recompute, str) else "mixed" for stage in best.stages} - {"none"}
@@ -320,18 +351,14 @@ def repairs(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[s
             changes.append((flag, name, inputs, relaxed))
     if constraints.forbidden:
         changes.append(("what is forbidden", "", inputs, dataclasses.replace(constraints, forbidden=())))
-    if inputs.training.memory_fraction < 1:
-        whole = replace(inputs, training=replace(inputs.training, memory_fraction=1.0))
-        changes.append(("--memory-fraction", "", whole, constraints))
     found: list[tuple[float, str]] = []
     for flag, name, given, relaxed in changes:
         plan = _quick(given, relaxed)
         if plan is not None:
-            value = getattr(plan[1], name, None) if name else None
-            if name == "recompute":
-                value = "the levels that the ILP chooses"
-            text = f"{flag} {'1.0' if flag == '--memory-fraction' else value}" if name or flag == "--memory-fraction" else f"allow {flag}"
-            found.append((plan[0], f"{text} ({degrees_in_words(plan[1], name)}): a step of {duration(plan[0])}"))
+            value = "the levels that the ILP chooses" if name == "recompute" else getattr(plan[1], name, None)
+            change = f"{flag} {value}" if name else f"allow {flag}"
+            found.append((plan[0], f"{change} ({degrees_in_words(plan[1], name)}): a step of {duration(plan[0])}"))
+    found += more_memory(inputs, constraints, need)
     yield from (text for _, text in sorted(found))
     more = more_gpus(inputs, constraints)
     if more is not None:
@@ -346,24 +373,51 @@ def degrees_in_words(decisions: Decisions, left_out: str = "") -> str:
     return ", ".join(words) or "no parallelism"
 
 
+def more_memory(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[tuple[float, str]]:
+    """The least share of the GPU's memory, in whole percent, with which a plan fits, or all of it; with its step time."""
+    if inputs.training.memory_fraction == 1:
+        return
+    least = math.ceil(100 * (need + inputs.cluster.gpu.reserved_bytes) / inputs.cluster.gpu.memory_bytes) / 100
+    for share in sorted({min(least, 1.0), 1.0}):
+        plan = _quick(replace(inputs, training=replace(inputs.training, memory_fraction=share)), constraints)
+        if plan is not None:
+            yield plan[0], f"--memory-fraction {share} ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
+            return
+
+
 def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
-    """The least number of GPUs, by doubling, on which a plan fits, and its step time."""
+    """The least number of GPUs on which a plan fits (of whole nodes, where there are whole nodes now), and its step time.
+
+    The number is doubled until one does; then those between the last two are tried from below, for `REPAIR_SECONDS`.
+    """
     fixed = dataclasses.replace(constraints.fixed, data_parallel=None)
     if fixed.tensor_parallel and fixed.pipeline_parallel:
         fixed = dataclasses.replace(fixed, pipeline_parallel=None)
-    relaxed, count = dataclasses.replace(constraints, fixed=fixed), inputs.cluster.num_gpus
-    while count < 65536:
-        count *= 2
+    relaxed, per_node = dataclasses.replace(constraints, fixed=fixed), inputs.cluster.gpus_per_node
+
+    def plan_on(count: int) -> tuple[float, Decisions] | None:
         larger = replace(inputs, cluster=with_num_gpus(inputs.cluster, count))
         try:
             _, _, over, _ = closest(larger, relaxed)
         except InputError:
+            return None
+        return None if over > 0 else _quick(larger, relaxed)
+
+    low = inputs.cluster.num_gpus
+    for count in itertools.takewhile(lambda count: count <= MOST_GPUS, (low * 2**times for times in itertools.count(1))):
+        plan = plan_on(count)
+        if plan is None:
+            low = count
             continue
-        if over > 0:
-            continue
-        plan = _quick(larger, relaxed)
-        if plan is not None:
-            return f"{count} GPUs ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
+        until, step = time.monotonic() + REPAIR_SECONDS, per_node if low % per_node == 0 else 1
+        for fewer in range(low + step, count, step):
+            if time.monotonic() > until:
+                break
+            smaller = plan_on(fewer)
+            if smaller is not None:
+                plan, count = smaller, fewer
+                break
+        return f"{count} GPUs ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
     return None
 
 

@@ -9,9 +9,9 @@ import re
 import pytest
 
 from planner import bounds, greedy
-from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, rank_orders, schedules, shardings
+from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, degrees_of, rank_orders, schedules, shardings
 from planner.chain import Costs, counts_of, stages_of
-from planner.cluster import load_cluster
+from planner.cluster import load_cluster, with_num_gpus
 from planner.critical_path import graph
 from planner.defaults import Fixed
 from planner.errors import DoesNotFitError, InputError
@@ -182,6 +182,48 @@ def test_replicas_of_the_shard_group_are_found_where_they_win_and_equal_enumerat
     for wrong in ({"data_parallel_replicate": 3}, {"data_parallel_replicate": 2, "zero_stage": 0}):
         with pytest.raises(InputError):
             search(inputs, Constraints(fixed=dataclasses.replace(fixed, **wrong)))
+
+
+def test_runners_up_have_their_best_stages_and_say_their_order():
+    inputs = inputs_of("gpt3-1.3b", "a100-40gb:16", 32, memory_fraction=0.2)
+    plan = search(inputs, Constraints(fixed=Fixed(micro_batch_size=1)))
+    others = [other for other in plan.solver.runners_up if other.step_seconds is not None]
+    assert sum("at most" not in other.why_not for other in others) >= 3
+    assert [other.step_seconds for other in others] == sorted(other.step_seconds for other in others)
+    for other in others:
+        decided = other.decisions
+        names = [field.name for field in dataclasses.fields(Fixed) if field.name != "recompute"]
+        constraints = Constraints(fixed=Fixed(**{name: getattr(decided, name) for name in names}), rank_order=decided.rank_order, num_runners_up=0)
+        best = search(inputs, constraints).solver.objective_seconds
+        assert plan.solver.objective_seconds * (1 - 1e-9) <= best <= other.step_seconds * (1 + 1e-9)
+        assert "at most" in other.why_not or other.step_seconds <= best * 1.0102
+        assert other.step_seconds == pytest.approx(predict_time(inputs, decided).time.step_seconds, rel=1e-6)
+        assert ("in the order" in other.why_not) == (
+            decided.rank_order != plan.decisions.rank_order and degrees_of(decided)[:3] == degrees_of(plan.decisions)[:3]
+        )
+
+
+def test_too_few_gpus_are_told_the_least_that_would_do():
+    inputs = inputs_of("gpt3", "a100-80gb:32", 96)
+    with pytest.raises(DoesNotFitError) as error:
+        search(inputs)
+    (more,) = [repair for repair in error.value.repairs if " GPUs (" in repair]
+    count = int(more.split()[0])
+    assert 32 < count < 64
+    search(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), Constraints(time_limit_seconds=20))
+    for fewer in range(40, count, 8):
+        with pytest.raises(DoesNotFitError):
+            search(replace(inputs, cluster=with_num_gpus(inputs.cluster, fewer)))
+
+
+def test_too_little_of_the_memory_is_told_the_least_share_that_would_do():
+    inputs = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=0.1)
+    with pytest.raises(DoesNotFitError) as error:
+        search(inputs)
+    (more,) = [repair for repair in error.value.repairs if repair.startswith("--memory-fraction")]
+    share = float(more.split()[1])
+    assert 0.1 < share < 0.4
+    search(replace(inputs, training=replace(inputs.training, memory_fraction=share)))
 
 
 def test_the_plan_is_checked_hashed_and_the_same_each_time():
