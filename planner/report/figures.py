@@ -95,7 +95,7 @@ def memory_figure(bars: Sequence[MemoryBar], capacity_bytes: float | None) -> go
                 legendgroup=category,
                 showlegend=source == sources[0],
                 offsetgroup=source,
-                text=totals if category == "buffers" and len(labels) * len(sources) <= 24 else None,
+                text=totals if category == "buffers" and len(sources) > 1 and len(labels) * len(sources) <= 24 else None,
                 textposition="outside",
                 textfont={"size": 11, "color": MUTED},
                 cliponaxis=False,
@@ -123,6 +123,9 @@ def memory_figure(bars: Sequence[MemoryBar], capacity_bytes: float | None) -> go
     top = max(largest, capacity_bytes if capacity_bytes is not None and near else 0) / unit.size
     figure.update_yaxes(title_text=f"memory per GPU ({unit.name})", range=[0, top * 1.1 or 1])
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels)
+    if len(sources) == 1 and len(labels) <= 24:  # below the bars, where no capacity line runs through the totals
+        beneath = {bar.label: f"{bar.memory.total_bytes / unit.size:.1f}" for bar in bars}
+        figure.update_xaxes(tickvals=labels, ticktext=[f"{plain(label)}<br>{beneath[label]}" for label in labels])
     return _layout(figure, 400, barmode="group", bargroupgap=0.08)
 
 

@@ -18,6 +18,8 @@ from plotly.offline import get_plotlyjs
 
 INK, MUTED, LINE = "#1d2733", "#5d6b7a", "#dfe4ea"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+LONG = 24
+"""Rows above which a table scrolls by itself."""
 _CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -40,11 +42,12 @@ section { background: #fff; border: 1px solid LINE; border-radius: 10px; padding
 .tile .more { color: MUTED; font-size: 13px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; }
 .pair > section { margin-top: 18px; min-width: 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow: auto; }
+.scroll.long { max-height: 720px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: right; color: MUTED; font-weight: 600; padding: 6px 10px; border-bottom: 1.5px solid LINE; vertical-align: bottom; }
 td { white-space: nowrap; text-align: right; padding: 5px 10px; border-bottom: 1px solid #eef1f4; vertical-align: top; }
-th.left, td.left { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th.left, td.left { text-align: left; white-space: normal; overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; }
 ul { margin: 0; padding-left: 20px; }
 li { margin-bottom: 4px; }
@@ -53,6 +56,7 @@ footer { color: MUTED; font-size: 13px; margin-top: 20px; }
 @media (max-width: 900px) { .pair { grid-template-columns: 1fr; } }
 @media print {
   body { background: #fff; font-size: 12px; } main { padding: 0; max-width: none; }
+  .scroll.long { max-height: none; }
   section, .tile { border-color: #ccc; margin-top: 10px; }
   .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px; margin-top: 6px; } .tile { padding: 6px 10px; margin: 0; }
   .tile .value { font-size: 17px; } .verdict { font-size: 13px; }
@@ -84,12 +88,12 @@ class Section:
     """"", "half" (two of them share a row), or the class of a verdict box."""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = (0,)) -> str:
-    """An HTML table of plain values; None is shown as a dash. Columns in `left` are aligned left."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:
+    """An HTML table of plain values; None is shown as a dash. Columns in `left` are aligned left. A long one scrolls by itself."""
     sides = ["left" if index in left else "" for index in range(len(columns))]
     head = "".join(f'<th class="{side}">{escape(name)}</th>' for name, side in zip(columns, sides, strict=True))
     body = "".join("<tr>" + "".join(_cell(value, side) for value, side in zip(row, sides, strict=True)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll{" long" if len(rows) > LONG else ""}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(value: object, side: str) -> str:

@@ -203,7 +203,7 @@ def training(plan: AnyPlan, run: Run | None) -> list[Section]:
     if run is None or not run.steps:
         return []
     steps, time = run.steps, plan.predictions.time
-    numbers = [step.step for step in steps]
+    numbers = [step.step + 1 for step in steps]  # counted from 1, as the terminal does
     source = "rehearsed" if run.rehearsed else "measured"
     seconds = figures.step_seconds_figure(numbers, [step.seconds for step in steps], time.step_seconds, time.step_seconds_interval, source)
     interval = "The band is the prediction's interval." if time.step_seconds_interval else ""
