@@ -421,10 +421,24 @@ def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
     return None
 
 
-def _quick(inputs: Inputs, constraints: Constraints) -> tuple[float, Decisions] | None:
-    """The best plan that a short search finds, or None."""
+def fewer_gpus(inputs: Inputs, constraints: Constraints, seconds: float) -> tuple[str, ...]:
+    """What a number of GPUs that divides badly costs: the most of them, down to whole nodes, that are faster than all."""
+    count, per_node = inputs.cluster.num_gpus, inputs.cluster.gpus_per_node
+    whole = count // per_node * per_node or max(n for n in range(1, count + 1) if per_node % n == 0)
+    until = time.monotonic() + REPAIR_SECONDS
+    for fewer in range(count - 1, whole - 1, -1):
+        if time.monotonic() > until:
+            break
+        plan = _quick(replace(inputs, cluster=with_num_gpus(inputs.cluster, fewer)), constraints, seconds)
+        if plan is not None:
+            return (f"{fewer} of these GPUs are faster: a step of {duration(plan[0])} ({degrees_in_words(plan[1])}), since {count} divide badly",)
+    return ()
+
+
+def _quick(inputs: Inputs, constraints: Constraints, cutoff: float = math.inf) -> tuple[float, Decisions] | None:
+    """The best plan that a short search finds, if it is faster than `cutoff`, or None."""
     try:
-        outcome = explore(Costs(inputs), dataclasses.replace(constraints, time_limit_seconds=REPAIR_SECONDS))
+        outcome = explore(Costs(inputs), dataclasses.replace(constraints, time_limit_seconds=REPAIR_SECONDS), cutoff)
     except (InputError, SolverError):
         return None
     if outcome.best is None:

@@ -216,6 +216,18 @@ def test_too_few_gpus_are_told_the_least_that_would_do():
             search(replace(inputs, cluster=with_num_gpus(inputs.cluster, fewer)))
 
 
+def test_a_number_of_gpus_that_divides_badly_is_told_a_smaller_one_that_is_faster():
+    inputs = inputs_of("llama-7b", "a100-80gb:13", 64)
+    constraints = Constraints(fixed=Fixed(micro_batch_size=1))
+    plan = search(inputs, constraints)
+    (line,) = [reason for reason in plan.solver.reasons if "of these GPUs are faster" in reason]
+    count = int(line.split()[0])
+    assert 8 <= count < 13
+    fewer = search(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), constraints)
+    assert fewer.solver.objective_seconds < plan.solver.objective_seconds
+    assert not any("of these GPUs" in reason for reason in fewer.solver.reasons)
+
+
 def test_too_little_of_the_memory_is_told_the_least_share_that_would_do():
     inputs = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=0.1)
     with pytest.raises(DoesNotFitError) as error:
