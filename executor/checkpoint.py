@@ -6,7 +6,7 @@ parameter name, the weights in the optimizer's precision (`model.*`) and its mom
 buffers (`buffer.*`), those of the first data-parallel rank.
 
 A checkpoint `step-N` is written as `step-N.partial` and renamed when every rank's part is there. Beside the tensors lies `training.json`
-(step, seed, model), from which the data's position follows, since data depend on seed and step alone.
+(step, seed, model, every file's checksum), from which the data's position follows, since data depend on seed and step alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from executor.checkpoint_reader import read
+from executor.checksums import Writer
 from executor.optimizer import UnitOptimizer
 from executor.rank import RankTrainer
 from executor.units import Piece
@@ -51,6 +52,8 @@ class TrainingState(Document, frozen=True, kw_only=True):
     model: ModelSpec | None = None
     traced: TracedModel | None = None
     """The module, where it is not a transformer of ours."""
+    checksums: dict[str, int] = {}
+    """CRC-32 by file; empty where the checkpoint was written without."""
 
     @property
     def trained(self) -> ModelSpec | TracedModel | None:
@@ -184,7 +187,7 @@ class Checkpointer:
         self.keep = keep
         """How many of the newest checkpoints stay; 0 for all."""
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[Any, int] | None = None
+        self._pending: tuple[Any, Writer, int] | None = None
         self._committed = -1
 
     def save(self) -> None:
@@ -199,31 +202,31 @@ class Checkpointer:
             dist.barrier(self._group)
         parts = all_chunks(trainer, owned_only=True)
         state = {chunk.key: chunk.tensor for chunk in parts}
-        writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        writer = Writer(partial)
         future = dcp.async_save(state, storage_writer=writer, planner=_Save(parts), process_group=self._group)
-        self._pending = (future, step)
+        self._pending = (future, writer, step)
 
     def poll(self) -> None:
         """Makes the running save a checkpoint if it is done; waits for nothing. Rank 0's save is done when every rank's is."""
         if self._pending is not None and self.trainer.mesh.rank == 0:
-            future, step = self._pending
+            future, writer, step = self._pending
             if future.done() and step != self._committed:
                 future.result()
-                self._commit(step)
+                self._commit(step, writer.checksums)
 
     def finish(self) -> None:
         """Waits for the running save, and makes it a checkpoint."""
         if self._pending is None:
             return
-        future, step = self._pending
+        future, writer, step = self._pending
         self._pending = None
         future.result()
         if self._group is not None:
             dist.barrier(self._group)
         if self.trainer.mesh.rank == 0 and step != self._committed:
-            self._commit(step)
+            self._commit(step, writer.checksums)
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, checksums: dict[str, int]) -> None:
         partial, final = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
         trainer = self.trainer
         model = trainer.plan.inputs.model
@@ -233,6 +236,7 @@ class Checkpointer:
             plan_hash=plan_hash(trainer.plan),
             model=None if isinstance(model, TracedModel) else model,
             traced=model if isinstance(model, TracedModel) else None,
+            checksums=checksums,
         )
         write_text(partial / "training.json", dumps(state))
         shutil.rmtree(final, ignore_errors=True)
@@ -264,9 +268,14 @@ def find_checkpoint(path: str, field: str = "--resume") -> Path:
     return found[-1][1]
 
 
+def load_state(folder: Path, field: str) -> TrainingState:
+    """What the checkpoint in `folder` says beside its tensors."""
+    return load(folder / "training.json", TrainingState, SCHEMA, field)
+
+
 def _read(parts: list[Chunk], folder: Path, field: str) -> None:
     """Fills the chunks from the checkpoint in `folder`."""
-    read({chunk.key: chunk.tensor for chunk in parts}, folder, _Load(parts, str(folder)), field)
+    read({chunk.key: chunk.tensor for chunk in parts}, folder, _Load(parts, str(folder)), field, load_state(folder, field).checksums)
 
 
 def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]], field: str) -> dict[str, torch.Tensor]:
@@ -279,7 +288,7 @@ def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]], field: str) -> 
 def resume(trainer: RankTrainer, path: str) -> int:
     """Loads a checkpoint, written under this plan or another one of the same model. Returns the steps done."""
     folder = find_checkpoint(path)
-    state = load(folder / "training.json", TrainingState, SCHEMA, "--resume")
+    state = load_state(folder, "--resume")
     model = trainer.plan.inputs.model
     if state.trained != model:
         raise InputError("--resume", path, f"a checkpoint of {model.name} is expected, not of {state.trained.name if state.trained else 'nothing'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 
+from executor.checksums import METADATA, check
 from planner.errors import InputError, MeshwrightError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -38,20 +40,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Of a folder whose metadata have been read."""
+    """Of a folder whose metadata have been read. Each rank compares its share of the checksums before any reads a tensor."""
 
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
+    def __init__(self, folder: Path, metadata: Metadata, checksums: Mapping[str, int], field: str) -> None:
         super().__init__(folder)
-        self._metadata = metadata
+        self._metadata, self._folder, self._checksums, self._field = metadata, folder, checksums, field
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        check(self._folder, self._checksums, self._field, rank, world)
 
 
 def read_metadata(folder: Path, field: str) -> Metadata:
     """What the checkpoint in `folder`, given as `field`, holds, and where. Raises InputError."""
     try:
-        with (folder / ".metadata").open("rb") as file:
+        with (folder / METADATA).open("rb") as file:
             found = _Unpickler(file).load()
         if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
             raise pickle.UnpicklingError("its metadata are none")
@@ -63,9 +70,13 @@ def read_metadata(folder: Path, field: str) -> Metadata:
     return found
 
 
-def read(state: dict[str, Any], folder: Path, planner: LoadPlanner, field: str) -> None:
-    """Fills `state` from the checkpoint in `folder`, given as `field`, all ranks together. Raises InputError, on every rank, when a rank can't."""
-    reader = _Reader(folder, read_metadata(folder, field))
+def read(state: dict[str, Any], folder: Path, planner: LoadPlanner, field: str, checksums: Mapping[str, int] | None = None) -> None:
+    """Fills `state` from the checkpoint in `folder`, given as `field`, all ranks together; its files must have the `checksums`, by their names.
+    Raises InputError, on every rank, when a rank can't."""
+    checksums = checksums or {}
+    if METADATA in checksums:
+        check(folder, {METADATA: checksums[METADATA]}, field)
+    reader = _Reader(folder, read_metadata(folder, field), checksums, field)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

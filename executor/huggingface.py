@@ -18,7 +18,7 @@ import torch
 
 from executor.hf_names import ALIASES, architecture_of, fused_rows, hf_config, place_of
 from executor.units import Piece
-from planner.documents import load, write_text
+from planner.documents import write_text
 from planner.errors import InputError, MeshwrightError
 from planner.model import ModelSpec
 
@@ -108,10 +108,10 @@ def export(checkpoint: str, folder: str) -> None:
     """Writes a checkpoint's weights to `folder` as model.safetensors, fp32, with a config.json."""
     from safetensors.torch import save_file
 
-    from executor.checkpoint import SCHEMA, TrainingState, find_checkpoint, read_whole
+    from executor.checkpoint import find_checkpoint, load_state, read_whole
 
     path = find_checkpoint(checkpoint, "CHECKPOINT")
-    model = load(path / "training.json", TrainingState, SCHEMA, "CHECKPOINT").model
+    model = load_state(path, "CHECKPOINT").model
     if model is None:
         raise InputError("CHECKPOINT", path, "a checkpoint of a transformer is expected, not of a traced module")
     architecture_of(model, f"{path}: model")

@@ -31,6 +31,10 @@ class InputError(MeshwrightError):
         self.allowed = allowed
         super().__init__(f"{field}: {_shown(value)} is not valid; {allowed}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str]]:
+        """Ranks send one another what they can't read."""
+        return type(self), (self.field, self.value, self.allowed)
+
 
 class DoesNotFitError(MeshwrightError):
     """No plan fits. `repairs` are the changes that would make one fit, cheapest first."""

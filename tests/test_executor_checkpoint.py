@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from plans import make_plan
+from test_agent import refused
 from test_executor_run import launch
 
 from planner.documents import dumps, write_text
+from planner.errors import InputError
 from planner.plan import Plan
 from planner.run import load_run
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
-from executor.checkpoint import rectangles, steps_in  # noqa: E402
+from executor.checkpoint import read_whole, rectangles, steps_in  # noqa: E402
 from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
 
@@ -62,6 +65,33 @@ def test_resumed_exactly_and_under_another_plan(tmp_path: Path) -> None:
     ):
         found = losses(other, tmp_path, name, "--steps", "2", "--resume", middle)
         assert max(abs(a - b) for a, b in zip(found, whole[2:], strict=True)) < 1e-5, name
+
+
+def flip(path: Path) -> None:
+    """Eight bytes in the middle of a file, upside down."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 8] = bytes(255 - byte for byte in data[middle : middle + 8])
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_is_named_by_whichever_rank_finds_it_and_old_checkpoints_load(tmp_path: Path) -> None:
+    plan = make_plan("tiny-gpt", "cpu:2", pp=2, m=2, precision="fp32", sequence_length=16)
+    checkpoint = tmp_path / "saved" / "step-1"
+    losses(plan, tmp_path, "plan", "--steps", "1", "--checkpoint-every", "1", "--checkpoint-folder", str(checkpoint.parent))
+    again = ["--steps", "1", "--resume", str(checkpoint)]
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+        flip(checkpoint / name)
+        line = refused(tmp_path, *again)
+        assert line.startswith("plan: --resume: ") and name in line and "CRC-32" in line
+        flip(checkpoint / name)
+    flip(checkpoint / "__1_0.distcp")
+    with pytest.raises(InputError, match=r"__1_0\.distcp.*CRC-32"):
+        read_whole(checkpoint, {}, "CHECKPOINT")
+    state = json.loads((checkpoint / "training.json").read_text())
+    assert set(state.pop("checksums")) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    (checkpoint / "training.json").write_text(json.dumps(state))
+    losses(plan, tmp_path, "plan", *again)
 
 
 def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path) -> None:
