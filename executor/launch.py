@@ -19,7 +19,7 @@ from executor.measure import StorageTracker
 from executor.mesh import make_mesh
 from executor.model import check_model
 from executor.optimizer import OptimizerOptions
-from executor.options import arguments, check_module_options
+from executor.options import arguments, check_module_options, check_outputs
 from executor.rank import RankTrainer
 from executor.rehearse import Rehearsal, script
 from executor.restart import Again, agree, attempt, begin, find_again, own_store
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
         options = arguments(argv)
         plan = load_any_plan(options.plan)
         check_module_options(options, isinstance(plan, ChainPlan))
+        check_outputs(options)
         if options.rehearse:
             run_rehearsal(plan, options)
         else:
@@ -112,8 +113,6 @@ def main(argv: list[str]) -> int:
 def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
     """Trains, and writes the run document on rank 0."""
     device = choose_device(options.device)
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise InputError("--output", options.output, "a file in an existing folder is expected")
     check_tensorboard(options.tensorboard)
     if options.resume:
         find_checkpoint(options.resume)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from planner.errors import InputError
+from planner.places import check_file, check_folder
+from planner.run import actions_path
 from planner.traced import is_reference
 
 RUN = "Runs a plan. Start it with torchrun, one process per rank."
@@ -61,6 +63,17 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     if options.timeout <= 0:
         raise InputError("--timeout", options.timeout, "a positive number of seconds is expected")
     return options
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises InputError for a place where the run could not write in the end. Leaves nothing there."""
+    if options.output is not None:
+        check_file("--output", options.output)
+        check_file("--output", str(actions_path(options.output)))
+    if options.checkpoint_every:
+        check_folder("--checkpoint-folder", options.checkpoint_folder)
+    if options.tensorboard is not None:
+        check_folder("--tensorboard", options.tensorboard)
 
 
 MODULE_HAS_NOT = ("data", "dropout", "load", "compile")

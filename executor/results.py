@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import statistics
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,14 +17,8 @@ from executor.train import StepFigures
 from planner.chain_plan import ChainPlan
 from planner.documents import dumps, write_text
 from planner.plan import Plan, plan_hash
-from planner.run import Coordinates, Run, RunRank, Step, Summary
+from planner.run import Coordinates, Run, RunRank, Step, Summary, actions_path
 from planner.timeline import Event, Timeline, bubble_fraction, bubble_fractions, busy_seconds
-
-
-def actions_path(output: str) -> str:
-    """Where the timeline of the run document `output` goes."""
-    path = Path(output)
-    return str(path.with_name(f"{path.stem}.actions.json"))
 
 
 def write_run(output: str, run: Run, timeline: Timeline) -> None:
@@ -66,7 +59,7 @@ def collect(
     places = [coordinates_of(rank, plan.decisions) for rank in range(mesh.world_size)]
     pipelines = {rank: (place["dp"], place["tp"]) for rank, place in enumerate(places)}
     bubbles, busy = bubble_fractions(timeline, pipelines), busy_seconds(timeline)
-    actions_file = Path(actions_path(output)).name if output else None
+    actions_file = actions_path(output).name if output else None
     ranks = tuple(
         RunRank(
             rank=rank,

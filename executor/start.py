@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from executor.options import arguments, check_module_options
+from executor.options import arguments, check_module_options, check_outputs
 from planner.chain_plan import ChainPlan, load_any_plan
 from planner.errors import DoesNotFitError, InputError, MeshwrightError
 from planner.plan import Plan
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
         options = arguments(argv, "plan run", ABOUT)
         plan = load_any_plan(options.plan, "PLAN")
         check_module_options(options, isinstance(plan, ChainPlan))
-        check_files(options)
+        check_inputs(options)
+        check_outputs(options)
         check_machine(plan, options)
         if isinstance(plan, ChainPlan) and not options.rehearse:
             check_module(plan, options.model)
@@ -40,10 +41,8 @@ def main(argv: list[str]) -> int:
     return start_ranks(plan.decisions.world_size, argv)
 
 
-def check_files(options: Namespace) -> None:
-    """Raises InputError for a file or folder that is not there."""
-    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
-        raise InputError("--output", options.output, "a file in an existing folder is expected")
+def check_inputs(options: Namespace) -> None:
+    """Raises InputError for a file or folder to read that is not there."""
     if options.data not in (None, "synthetic") and not Path(options.data).is_file():
         raise InputError("--data", options.data, "a readable file is expected")
     for name in ("resume", "load"):

@@ -99,6 +99,12 @@ def load_dry_run(path: str | os.PathLike[str], field: str = "--dry-run") -> DryR
     return load(path, DryRun, DRY_RUN_SCHEMA, field)
 
 
+def actions_path(output: str | os.PathLike[str]) -> Path:
+    """Where the timeline of the run document `output` goes."""
+    path = Path(output)
+    return path.with_name(f"{path.stem}.actions.json")
+
+
 def load_actions(run_path: str | os.PathLike[str], run: Run) -> Timeline | None:
     """The measured timeline of a run, or None when it has none. Events are of the last step; ranks are global."""
     files = {rank.actions_file for rank in run.ranks if rank.actions_file}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from executor.options import arguments
-from executor.start import GIB, PROCESS_BYTES, check_host_memory, peaks
+from executor.options import arguments, check_outputs
+from executor.start import GIB, PROCESS_BYTES, check_host_memory, main, peaks
 from planner.documents import dumps, write_text
 from planner.errors import DoesNotFitError, InputError
 from planner.plan import replace
@@ -33,6 +33,35 @@ def test_a_wrong_option_is_named(argv: list[str], field: str) -> None:
     with pytest.raises(InputError) as error:
         arguments(argv)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--output", "."),
+        ("--output", "file/run.json"),
+        ("--output", "/proc/run.json"),
+        ("--checkpoint-folder", "file"),
+        ("--checkpoint-folder", "file/below/it"),
+        ("--tensorboard", "/proc/logs"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    write_text(tmp_path / "plan.json", dumps(make_plan()))
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan.json", "--device", "cpu", "--checkpoint-every", "2", option, place]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"plan: {option}: '{place}' is not valid; "), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "plan.json"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    places = ["--output", str(tmp_path / "run.json"), "--checkpoint-folder", str(tmp_path / "a" / "b"), "--tensorboard", str(tmp_path)]
+    check_outputs(arguments(["plan.json", "--checkpoint-every", "2", *places]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_exceed_the_free_memory_are_refused_with_what_would_fit() -> None:

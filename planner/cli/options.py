@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +12,7 @@ from planner.cluster import ClusterSpec, load_cluster, presets, with_num_gpus
 from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
+from planner.places import check_file
 from planner.plan import ATTENTIONS, RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
 from planner.software import load_software
 
@@ -280,8 +279,4 @@ def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
 
 def require_folder(output: str) -> None:
     """Raises InputError before any work is done when the file could not be written at the end."""
-    folder = Path(output).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError("--output", output, "a file in an existing, writable folder is expected")
-    if Path(output).is_dir():
-        raise InputError("--output", output, "a file is expected, not a folder")
+    check_file("--output", output)
