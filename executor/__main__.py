@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from executor.launch import main
+from planner.lifeline import end_with_parent
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
+    from executor.launch import main  # with torch, which takes a while
+
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 
 from planner.errors import MeshwrightError
+from planner.lifeline import child_environment
 
 SPEAKS = "MESHWRIGHT_AGENT_SPEAKS"
 """Set for ranks whose agent says why they ended, so that they do not."""
@@ -26,7 +27,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     which a line on stderr has the reason; 1 where a signal ended it."""
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    os.environ[SPEAKS] = "1"
+    os.environ |= {SPEAKS: "1"} | child_environment()
     options = torchrun.parse_args(["--standalone", "--nproc-per-node", str(num_ranks), "-m", "executor", *arguments])  # type: ignore[no-untyped-call]
     try:
         torchrun.run(options)  # type: ignore[no-untyped-call]

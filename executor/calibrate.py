@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from planner.cluster import ClusterSpec
 from planner.correction import correct
 from planner.documents import dumps, write_text
 from planner.errors import InputError, MeshwrightError
+from planner.lifeline import end_with_parent
 from planner.measurements import Measurements
 from planner.plan import load_plan, plan_hash, replace
 from planner.run import load_actions, load_run
@@ -210,4 +212,5 @@ def _correct(run_file: str, plan_file: str, output: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGTERM)
     sys.exit(main(sys.argv[1:]))

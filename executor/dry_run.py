@@ -9,6 +9,7 @@ needs a fresh process, since a process group is made once.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from planner.documents import convert, dumps, parse_json, write_text
 from planner.errors import InputError, MeshwrightError
+from planner.lifeline import child_environment, end_with_parent
 from planner.plan import Decisions, Memory, Plan, load_plan, plan_hash
 from planner.run import DRY_RUN_SCHEMA, DryRun, DryRunRank
 from planner.schedule import compute_actions, num_in_flight
@@ -91,7 +93,7 @@ def dry_run_in_process(plan: Plan, rank: int, device: str = "cpu") -> DryRunRank
         path, output = Path(folder) / "plan.json", Path(folder) / "out.json"
         write_text(path, dumps(plan))
         command = [sys.executable, "-W", "ignore", "-m", "executor.dry_run", str(path), "--rank", str(rank), "--device", device, "-o", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
         if not output.exists():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise MeshwrightError(f"the dry run of rank {rank} failed: {lines[-1].removeprefix('error: ')}")
@@ -137,4 +139,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGTERM)
     sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,6 @@ import platform
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 from planner.errors import MeshwrightError
+from planner.lifeline import end_with_parent, exit_on_signals
 
 
 def run_ranks(world_size: int, function: Callable[..., None], arguments: tuple[Any, ...] = (), what: str = "the run") -> None:
@@ -24,8 +24,7 @@ def run_ranks(world_size: int, function: Callable[..., None], arguments: tuple[A
     is interrupted, the other ranks are stopped.
     """
     context = multiprocessing.get_context("spawn")
-    before = _exit_on_terminate()
-    with tempfile.TemporaryDirectory() as folder:
+    with exit_on_signals(), tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [context.Process(target=_call, args=(function, rank, world_size, store, *arguments), daemon=True) for rank in range(world_size)]
         try:
@@ -41,18 +40,12 @@ def run_ranks(world_size: int, function: Callable[..., None], arguments: tuple[A
                     process.terminate()
             for process in processes:
                 process.join(10)
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
-
-
-def _exit_on_terminate() -> Any:
-    """From now on SIGTERM ends this process as an exception does, so that its ranks are stopped. Returns the handler before."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _call(function: Callable[..., None], rank: int, world_size: int, store: str, *arguments: Any) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_with_parent(signal.SIGKILL, parent.pid)
     try:
         function(rank, world_size, store, *arguments)
     except MeshwrightError as error:

@@ -5,6 +5,7 @@ What is wrong is said here, once and on one line, with the exit status that torc
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from executor.options import arguments, check_module_options, check_outputs
 from planner.chain_plan import ChainPlan, load_any_plan
 from planner.errors import DoesNotFitError, InputError, MeshwrightError
+from planner.lifeline import end_with_parent
 from planner.plan import Plan
 
 GIB = 2**30
@@ -106,4 +108,5 @@ def available_bytes() -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGTERM)
     sys.exit(main(sys.argv[1:]))

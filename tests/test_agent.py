@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -73,3 +75,34 @@ def test_a_killed_rank_is_named(tmp_path: Path, plan: Plan) -> None:
         finally:
             process.terminate()
     assert process.returncode == 1 and rest.strip().splitlines()[-1].startswith("plan: rank 1 was ended by SIGKILL")
+
+
+def ended(folder: Path, number: signal.Signals, arguments: list[str], until: str, *, group: bool = False) -> tuple[int, list[str]]:
+    """Sends a signal to `plan` (or to its process group, as a terminal does) when a line of its stderr begins with `until`: its exit status, and
+    the lines after that one. Nothing that it had started may be left."""
+    launch = [sys.executable, "-c", "from planner.cli import entry; entry()", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log, subprocess.Popen(launch, stderr=log, env=environment, start_new_session=True) as process:
+        started: list[psutil.Process] = []
+        try:
+            deadline = time.monotonic() + 60
+            while not (said := (folder / "log").read_text()).startswith(until) and f"\n{until}" not in said:
+                assert process.poll() is None and time.monotonic() < deadline, said
+                time.sleep(0.05)
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert len(started) > 2
+            (os.killpg if group else os.kill)(process.pid, number)
+            status = process.wait(40)
+            assert not psutil.wait_procs(started, 20)[1]
+        finally:
+            for left in (process, *started):
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+    return status, (folder / "log").read_text()[len(said) :].splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_no_rank_outlives_plan_run(tmp_path: Path, plan: Plan, number: signal.Signals) -> None:
+    status, _ = ended(tmp_path, number, ["run", str(tmp_path / "plan.json"), "--device", "cpu", "--steps", "100000"], "step 1/")
+    assert status == (-number if number == signal.SIGKILL else 128 + number)

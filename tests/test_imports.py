@@ -18,7 +18,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {"pulp": {"program"}, "highspy": {"program"}, "plotly": {"report"}, "rich": {"tables"}, "networkx": {"graph", "trace"}, "torch": {"trace"}}
 EXECUTOR_MAY = {
     "errors", "documents", "model", "cluster", "plan", "schedule", "timeline", "run", "timing", "calibration", "calibration_rounds", "correction",
-    "measurements", "either", "chain_plan", "traced", "trace", "places",
+    "measurements", "either", "chain_plan", "traced", "trace", "places", "lifeline",
 }  # fmt: skip
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ import click
 
 from planner.cli.options import POSITIVE, json_option, require_folder
 from planner.errors import InputError, MeshwrightError
+from planner.lifeline import child_environment, exit_on_signals
 from planner.plan import load_plan
 
 
@@ -27,25 +26,23 @@ def need_executor() -> None:
 def start(arguments: Sequence[str], *, threads: int | None = 1) -> int:
     """Runs this Python with `arguments` in a process of its own, and returns its exit status.
 
-    With `threads`, each process computes with that many, unless OMP_NUM_THREADS says otherwise.
+    With `threads`, each process computes with that many, unless OMP_NUM_THREADS says otherwise. It ends with this process.
     """
-    environment = dict(os.environ)
+    environment = child_environment()
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    process = subprocess.Popen([sys.executable, *arguments], env=environment)
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # else this process would end and leave that one
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
+    with exit_on_signals():
+        process = subprocess.Popen([sys.executable, *arguments], env=environment)
         try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _arguments(**options: Any) -> list[str]:
