@@ -29,6 +29,8 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ |= {SPEAKS: "1"} | child_environment()
     options = torchrun.parse_args(["--standalone", "--nproc-per-node", str(num_ranks), "-m", "executor", *arguments])  # type: ignore[no-untyped-call]
+    handled = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
+    options.signals_to_handle = ",".join(handled)  # else it would handle what this process was started to ignore
     try:
         torchrun.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

@@ -106,3 +106,11 @@ def ended(folder: Path, number: signal.Signals, arguments: list[str], until: str
 def test_no_rank_outlives_plan_run(tmp_path: Path, plan: Plan, number: signal.Signals) -> None:
     status, _ = ended(tmp_path, number, ["run", str(tmp_path / "plan.json"), "--device", "cpu", "--steps", "100000"], "step 1/")
     assert status == (-number if number == signal.SIGKILL else 128 + number)
+
+
+@pytest.mark.parametrize(("name", "until"), [("run", "step 1/"), ("calibrate", "2 ranks of a node")])
+def test_ctrl_c_is_answered_with_one_line(tmp_path: Path, plan: Plan, name: str, until: str) -> None:
+    run = ["run", str(tmp_path / "plan.json"), "--device", "cpu", "--steps", "100000"]
+    calibrate = ["calibrate", "--num-gpus", "2", "-o", str(tmp_path / "cluster.json")]
+    status, lines = ended(tmp_path, signal.SIGINT, run if name == "run" else calibrate, until, group=True)
+    assert status == 1 and [line for line in lines if line and not line.startswith("step ")] == ["plan: interrupted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,23 +27,31 @@ def need_executor() -> None:
 def start(arguments: Sequence[str], *, threads: int | None = 1) -> int:
     """Runs this Python with `arguments` in a process of its own, and returns its exit status.
 
-    With `threads`, each process computes with that many, unless OMP_NUM_THREADS says otherwise. It ends with this process.
+    With `threads`, each process computes with that many, unless OMP_NUM_THREADS says otherwise. It ends with this process, and ignores the
+    Ctrl-C that a terminal sends to all of them: this process ends it.
     """
     environment = child_environment()
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with exit_on_signals():
-        process = subprocess.Popen([sys.executable, *arguments], env=environment)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process = subprocess.Popen([sys.executable, *arguments], env=environment)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             return process.wait()
         except BaseException:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             process.terminate()
             try:
                 process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _arguments(**options: Any) -> list[str]:
