@@ -80,6 +80,15 @@ def test_wrong_input_gives_one_clear_line_and_status_2(arguments: list[str], nam
     assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
 
 
+@pytest.mark.parametrize(("option", "value"), [("--model", "nope"), ("--output", __file__)])
+def test_demo_looks_at_its_inputs_before_it_measures(tmp_path: Path, option: str, value: str) -> None:
+    pytest.importorskip("torch")
+    demo = [sys.executable, "-c", "from planner.cli import entry; entry()", "demo", "--output", str(tmp_path / "demo"), option, value]
+    done = subprocess.run(demo, capture_output=True, text=True, cwd=ROOT, check=False, timeout=20)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and option in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
 def test_presets_are_listed() -> None:
     assert "gpt3-175b" in plan("models").stdout
     assert json.loads(plan("models", "bloom", "--json").stdout)["num_parameters"] == 176_247_271_424

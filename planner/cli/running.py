@@ -15,6 +15,7 @@ import click
 from planner.cli.options import POSITIVE, json_option, require_folder
 from planner.errors import InputError, MeshwrightError
 from planner.lifeline import child_environment, exit_on_signals
+from planner.places import check_folder
 from planner.plan import load_plan
 
 
@@ -133,12 +134,13 @@ def demo(model: str, steps: int, output: str) -> int:
     """The main job on this machine's CPUs with 4 processes: calibrate, solve, dry run, run, compare, report."""
     import time
 
+    from planner.model import load_model
+
     need_executor()
+    length = min(load_model(model).max_sequence_length, 256)
+    check_folder("--output", output)
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("--output", output, f"a folder that can be made is expected ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
 
     def stage(number: int, text: str) -> None:
@@ -149,7 +151,7 @@ def demo(model: str, steps: int, output: str) -> int:
     stage(1, "measuring this machine")
     run_command(["calibrate", "--output", str(cluster), "--num-gpus", "4"])
     stage(2, "choosing a plan for 4 processes, two of them in a pipeline")
-    solve = ["solve", "--model", model, "--cluster", f"{cluster}:4", "--global-batch-size", "16", "--sequence-length", "256"]
+    solve = ["solve", "--model", model, "--cluster", f"{cluster}:4", "--global-batch-size", "16", "--sequence-length", str(length)]
     run_command([*solve, "--precision", "fp32", "--pp", "2", "-o", str(plan_file)])
     stage(3, "tracing the executor's memory on fake tensors")
     run_command(["dry-run", str(plan_file), "-o", str(dry_file)])
