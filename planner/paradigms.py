@@ -10,13 +10,14 @@ from typing import NamedTuple
 from planner.cluster import ClusterSpec, with_num_gpus
 from planner.communication import communication_bytes
 from planner.documents import Document
-from planner.errors import InputError
+from planner.errors import DoesNotFitError, InputError
 from planner.estimate import fits, predict
 from planner.model import ModelSpec
 from planner.plan import Decisions, Inputs, Plan, Predictions, SolverReport, Training, check, digest, even_stages, replace
 from planner.run import Run
 
 SCHEMA = "meshwright.paradigms/1"
+GIB = 2**30
 
 
 class Paradigm(Document, frozen=True, kw_only=True):
@@ -96,7 +97,7 @@ def paradigms(model: ModelSpec, cluster: ClusterSpec, training: Training, world_
             decisions = _decide(inputs, way, world_size, micro_batch_size)
             check(inputs, decisions, way.name)
         except InputError as error:
-            reason = str(error).removeprefix(f"{way.name}: decisions.")
+            reason = str(error).removeprefix(f"{way.name}: ").removeprefix("decisions.")
             found.append(Paradigm(name=way.name, what_is_split=way.split, what_is_sent=way.sent, decisions=None, why_not=reason))
             continue
         predictions = predict(inputs, decisions)
@@ -139,6 +140,25 @@ def _decide(inputs: Inputs, way: _Way, world_size: int, micro_batch_size: int) -
         num_virtual_stages=way.virtual,
         stages=even_stages(inputs.model, way.schedule, way.pp, way.virtual, "none"),
     )
+
+
+def require_one(document: Paradigms, *, run: bool) -> None:
+    """Raises InputError where no way of splitting is possible, DoesNotFitError where none fits or, with `run`, none could be run."""
+    possible = [paradigm for paradigm in document.paradigms if paradigm.decisions is not None]
+    if not possible:
+        raise InputError("--world-size", document.world_size, f"no way of splitting is possible: {document.paradigms[0].why_not}")
+    least = min(possible, key=lambda paradigm: paradigm.peak_bytes or 0)
+    needs = f"{least.name}, which needs least, takes {(least.peak_bytes or 0) / GIB:,.1f} GiB on its fullest rank"
+    if run and all(paradigm.measured_step_seconds is None for paradigm in possible):
+        raise DoesNotFitError(f"none of the {len(possible)} ways could be run on this machine; {needs}")
+    if not run and not any(paradigm.fits for paradigm in possible):
+        raise DoesNotFitError(f"none of the {len(possible)} ways fits; {needs}")
+
+
+def total_bytes(predictions: Predictions, world_size: int) -> int:
+    """What all ranks need together."""
+    ranks = predictions.pipeline_ranks
+    return sum(rank.memory.total_bytes for rank in ranks) * world_size // len(ranks)
 
 
 def as_plan(inputs: Inputs, decisions: Decisions, predictions: Predictions) -> Plan:

@@ -116,6 +116,21 @@ def test_what_cannot_fit_has_status_3_and_repairs() -> None:
     assert "short" in done.stderr and "would fit" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["gpt3", "--world-size", "8"], 3, "none of the 13 ways fits"),
+        (["gpt3", "--world-size", "8", "--run"], 3, "none of the 13 ways could be run"),
+        (["gpt2", "--world-size", "4", "--sequence-length", "100000"], 2, "--sequence-length: 100000"),
+        (["gpt2", "--world-size", "4", "--global-batch-size", "3", "--micro-batch-size", "2"], 2, "--world-size: 4"),
+    ],
+    ids=["fits", "run", "length", "batch"],
+)
+def test_paradigms_of_which_none_is_possible_are_one_line_and_no_success(arguments: list[str], status: int, said: str) -> None:
+    done = plan("paradigms", "--model", *arguments)
+    assert done.returncode == status and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+
+
 def test_explain_names_every_term_and_its_letters_without_degrees_too() -> None:
     whole = plan("estimate", "--model", "gpt3", "--explain").stdout
     split = plan("estimate", "--model", "gpt3", "--cluster", "a100-80gb:64", "--tp", "8", "--pp", "8", "--explain").stdout

@@ -50,3 +50,10 @@ def test_every_paradigm_is_there_with_a_plan_or_a_reason() -> None:
     assert all((row.decisions is None) == bool(row.why_not) for row in document.paradigms)
     naive = next(row for row in document.paradigms if row.name == "naive model parallel")
     assert naive.bubble_fraction is not None and naive.bubble_fraction >= 0.74
+
+
+def test_why_a_paradigm_is_not_possible_does_not_name_it_again():
+    training = Training(global_batch_size=32, sequence_length=100_000, precision="fp32")
+    document = paradigms(load_model("tiny-gpt"), load_cluster("cpu"), training, 8)
+    assert {row.why_not.partition(":")[0] for row in document.paradigms if row.why_not} >= {"sequence_length", "--pp"}
+    assert not any(row.why_not.startswith(row.name) for row in document.paradigms if row.why_not)

@@ -226,7 +226,11 @@ def model_of(request: Request) -> ModelSpec:
 
 def sequence_length_of(request: Request, model: ModelSpec) -> int:
     """What was asked for, or the model's longest up to 4096."""
-    length = request.sequence_length or min(model.max_sequence_length, 4096)
+    return checked_length(request.sequence_length or min(model.max_sequence_length, 4096), model)
+
+
+def checked_length(length: int, model: ModelSpec) -> int:
+    """`length`, which the model must have positions for."""
     if model.position_embedding == "learned" and length > model.max_sequence_length:
         raise InputError("--sequence-length", length, f"{model.name} has {model.max_sequence_length} learned positions")
     return length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -198,10 +199,11 @@ def paradigms(
     as_json: bool,
 ) -> int:
     """Naive model parallel, data, pipeline, FSDP/ZeRO-3, tensor, 2D and 3D parallel side by side."""
+    from planner.cli.options import checked_length
     from planner.cli.planning import print_json
     from planner.cluster import load_cluster
     from planner.model import load_model
-    from planner.paradigms import paradigms
+    from planner.paradigms import paradigms, require_one
     from planner.plan import Training
     from planner.tables import results, text
 
@@ -211,7 +213,7 @@ def paradigms(
         need_executor()
     spec = load_model(model)
     hardware = load_cluster(cluster or ("cpu" if really else "a100-80gb"))
-    length = sequence_length or min(spec.max_sequence_length, 256 if really else 4096)
+    length = checked_length(sequence_length or min(spec.max_sequence_length, 256 if really else 4096), spec)
     training = Training(
         global_batch_size=global_batch_size or 4 * world_size * micro_batch_size,
         sequence_length=length,
@@ -230,30 +232,38 @@ def paradigms(
         print_json(document)
     else:
         click.echo(text.show(*results.paradigms_view(document)), nl=False)
+    require_one(document, run=really)
     return 0
 
 
 def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, steps: int) -> Any:
-    """Runs every paradigm that has a plan, one after the other."""
+    """Runs every paradigm that has a plan, one after the other; not those that need more memory than this machine's CPUs have."""
     import tempfile
 
     from planner.cluster import with_num_gpus
     from planner.documents import dumps, write_text
     from planner.estimate import predict
-    from planner.paradigms import as_plan, with_measurement
+    from planner.paradigms import GIB, as_plan, total_bytes, with_measurement
     from planner.plan import Inputs, replace
     from planner.run import load_run
 
     inputs = Inputs(model=model, cluster=with_num_gpus(cluster, document.world_size), training=training)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if cluster.device == "cpu" else None
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for index, paradigm in enumerate(document.paradigms):
             if paradigm.decisions is None:
                 measured.append(paradigm)
                 continue
+            predictions = predict(inputs, paradigm.decisions)
+            need = total_bytes(predictions, document.world_size)
+            if memory is not None and need > memory:
+                reason = f"its ranks need {need / GIB:,.1f} GiB together, and this machine has {memory / GIB:,.1f} GiB"
+                measured.append(replace(paradigm, why_not=reason))
+                continue
             click.echo(f"[{index + 1}/{len(document.paradigms)}] running {paradigm.name}", err=True)
             plan_file, run_file = Path(folder) / f"plan{index}.json", Path(folder) / f"run{index}.json"
-            write_text(plan_file, dumps(as_plan(inputs, paradigm.decisions, predict(inputs, paradigm.decisions))))
+            write_text(plan_file, dumps(as_plan(inputs, paradigm.decisions, predictions)))
             status = start(["-m", "executor.start", str(plan_file), "--steps", str(steps), "--output", str(run_file)])
             if status:
                 measured.append(replace(paradigm, why_not=f"the run ended with status {status}"))

@@ -56,8 +56,9 @@ def paradigms_view(document: Paradigms) -> list[RenderableType | str]:
     rows: list[tuple[object, ...]] = []
     missing = []
     for paradigm in document.paradigms:
-        if paradigm.decisions is None:
+        if paradigm.why_not is not None:
             missing.append(f"{paradigm.name}: {paradigm.why_not}")
+        if paradigm.decisions is None:
             continue
         sent = [
             pair(gib(paradigm.communication_bytes[axis]), gib(paradigm.measured_communication_bytes.get(axis)))
