@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from planner.errors import InputError
@@ -62,7 +62,29 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     options = parser.parse_args(argv)
     if options.timeout <= 0:
         raise InputError("--timeout", options.timeout, "a positive number of seconds is expected")
+    for name, value in vars(options).items():
+        if value == "":
+            raise InputError("PLAN" if name == "plan" else _option(name), "", "it is empty; a name is expected, or the option left out")
+    if options.rehearse:
+        _refuse(options, REHEARSAL_HAS_NOT, "a rehearsal does not have it: nothing is trained")
+    if options.resume is not None:
+        _refuse(options, ("load",), "it can't be given together with --resume, which has the weights")
     return options
+
+
+REHEARSAL_HAS_NOT = ("data", "load", "resume", "checkpoint_every", "tensorboard", "compile")
+"""Options that a rehearsal does not have."""
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], allowed: str) -> None:
+    """Raises InputError for the first option of `names` that was given."""
+    for name in names:
+        if getattr(options, name):
+            raise InputError(_option(name), getattr(options, name), allowed)
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -90,10 +112,8 @@ def check_module_options(options: argparse.Namespace, traced: bool) -> None:
         raise InputError("--model", "", "the plan is of a traced module, whose code only the command line can name: package.module:callable")
     if options.model is not None and not is_reference(options.model):
         raise InputError("--model", options.model, "package.module:callable is expected")
-    for name in MODULE_HAS_NOT:
-        value = getattr(options, name)
-        if value and not (name == "data" and value == "synthetic"):
-            raise InputError(f"--{name.replace('_', '-')}", value, "the run of a traced module does not have it")
+    has_not = [name for name in MODULE_HAS_NOT if not (name == "data" and options.data == "synthetic")]
+    _refuse(options, has_not, "the run of a traced module does not have it")
 
 
 def _whole(option: str, low: int) -> Callable[[str], int]:

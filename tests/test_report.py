@@ -10,6 +10,8 @@ from plans import make_dry_run, make_plan, make_run
 
 from planner import cluster as clusters
 from planner import model as models
+from planner.cli.reporting import report as command
+from planner.documents import dumps, write_text
 from planner.errors import InputError
 from planner.paradigms import paradigms
 from planner.plan import Training, replace
@@ -195,6 +197,14 @@ def test_a_plan_that_does_not_fit_says_so_first():
     page = Page(report(make_plan("gpt3", "a100-80gb:1")))
     assert "It does not fit" in page.words and "It fits" not in page.words
     assert ("section", {"class": "verdict bad"}) in page.elements
+
+
+def test_an_empty_name_of_a_run_is_refused(plan, tmp_path):
+    write_text(tmp_path / "plan.json", dumps(plan))
+    for arguments, field in ((["", "-o"], "RUN"), (["--dry-run", "", "-o"], "--dry-run")):
+        with pytest.raises(InputError, match=f"^{field}: ''"):
+            command.main([str(tmp_path / "plan.json"), *arguments, str(tmp_path / "r.html")], standalone_mode=False)
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_run_of_another_plan_is_refused(plan):

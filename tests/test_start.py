@@ -27,6 +27,13 @@ from tests.plans import make_plan
         (["p.json", "--device", "tpu"], "--device"),
         (["p.json", "--timeout", "0"], "--timeout"),
         (["p.json", "--step", "3"], "unrecognized arguments"),
+        (["p.json", "--resume", ""], "--resume"),
+        (["p.json", "--output", ""], "--output"),
+        ([""], "PLAN"),
+        (["p.json", "--rehearse", "--resume", "saved"], "--resume"),
+        (["p.json", "--rehearse", "--data", "text.txt"], "--data"),
+        (["p.json", "--rehearse", "--checkpoint-every", "2"], "--checkpoint-every"),
+        (["p.json", "--resume", "saved", "--load", "weights"], "--load"),
     ],
 )
 def test_a_wrong_option_is_named(argv: list[str], field: str) -> None:

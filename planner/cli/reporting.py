@@ -31,7 +31,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
     plan, run = load_any_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
     if output is not None:
         require_folder(output)
-    dry_run = load_dry_run(dry_run_file) if dry_run_file else None
+    dry_run = load_dry_run(dry_run_file) if dry_run_file is not None else None
     document = compare(plan, run, dry_run, tolerance, load_actions(run_file, run))
     if output is not None:
         documents.write_text(output, documents.dumps(document))
@@ -66,8 +66,8 @@ def write_report(plan_file: str, run_file: str | None, dry_run_file: str | None,
     from planner.report import report
     from planner.run import load_actions, load_dry_run, load_run
 
-    run = load_run(run_file, "RUN") if run_file else None
-    dry_run = load_dry_run(dry_run_file) if dry_run_file else None
+    run = load_run(run_file, "RUN") if run_file is not None else None
+    dry_run = load_dry_run(dry_run_file) if dry_run_file is not None else None
     measured = load_actions(run_file, run) if run is not None and run_file is not None else None
     page = report(plan, run, dry_run, simulated=predict_timeline(plan.inputs, plan.decisions), measured=measured)
     documents.write_text(output, page)
