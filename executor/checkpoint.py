@@ -17,8 +17,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -45,7 +46,7 @@ class TrainingState(Document, frozen=True, kw_only=True):
     """What a checkpoint says beside its tensors."""
 
     schema: str = SCHEMA
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
     """Steps done."""
     seed: int
     plan_hash: str

@@ -37,13 +37,13 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
 
     parser.add_argument("plan", metavar="PLAN", help="a plan document")
     parser.add_argument("--model", metavar="PACKAGE.MODULE:CALLABLE", help="the plan's module, where it is of a traced one: its code runs")
-    whole("--steps", 10, "optimizer steps (default 10)", low=1)
+    whole("--steps", 10, "optimizer steps, with --resume so many more (default 10)", low=1)
     parser.add_argument("-o", "--output", metavar="FILE", help="where rank 0 writes the run document")
     parser.add_argument("--data", metavar="FILE", help='text, a token .bin, or "synthetic" (default: a text that ships with the package)')
     whole("--seed", 0, "of the initial weights and of the data (default 0)")
     parser.add_argument("--rehearse", action="store_true", help="real processes and messages; compute takes its predicted time instead of computing")
     number("--learning-rate", 3e-4, "its peak (default 3e-4)")
-    number("--min-learning-rate", 0.0, "where the cosine ends (default 0)")
+    number("--min-learning-rate", 0.0, "where the cosine of --decay-steps ends (default 0)")
     whole("--warmup-steps", 0, "steps of linear warm-up (default 0)")
     whole("--decay-steps", 0, "length of the cosine; 0: constant rate (default)")
     number("--weight-decay", 0.1, "AdamW's (default 0.1)")
@@ -65,6 +65,10 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     for name, value in vars(options).items():
         if value == "":
             raise InputError("PLAN" if name == "plan" else _option(name), "", "it is empty; a name is expected, or the option left out")
+    if options.min_learning_rate > options.learning_rate:
+        raise InputError("--min-learning-rate", options.min_learning_rate, f"at most --learning-rate, {options.learning_rate:g}, is expected")
+    if options.min_learning_rate and not options.decay_steps:
+        raise InputError("--min-learning-rate", options.min_learning_rate, "it needs --decay-steps: without those the rate does not fall")
     if options.rehearse:
         _refuse(options, REHEARSAL_HAS_NOT, "a rehearsal does not have it: nothing is trained")
     if options.resume is not None:

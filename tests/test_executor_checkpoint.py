@@ -18,7 +18,7 @@ from planner.run import load_run
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
-from executor.checkpoint import read_whole, rectangles, steps_in  # noqa: E402
+from executor.checkpoint import SCHEMA, load_state, read_whole, rectangles, steps_in  # noqa: E402
 from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
 
@@ -92,6 +92,14 @@ def test_a_damaged_file_is_named_by_whichever_rank_finds_it_and_old_checkpoints_
     assert set(state.pop("checksums")) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     (checkpoint / "training.json").write_text(json.dumps(state))
     losses(plan, tmp_path, "plan", *again)
+
+
+@pytest.mark.parametrize("step", [-4, 2**62])
+def test_a_checkpoint_of_no_possible_step_is_refused(tmp_path: Path, step: int) -> None:
+    state = {"schema": SCHEMA, "step": step, "seed": 0, "plan_hash": ""}
+    (tmp_path / "training.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=rf"training\.json: step: {step} is not valid"):
+        load_state(tmp_path, "--resume")
 
 
 def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path) -> None:

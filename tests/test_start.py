@@ -27,6 +27,8 @@ from tests.plans import make_plan
         (["p.json", "--device", "tpu"], "--device"),
         (["p.json", "--timeout", "0"], "--timeout"),
         (["p.json", "--step", "3"], "unrecognized arguments"),
+        (["p.json", "--min-learning-rate", "1e-3", "--decay-steps", "5"], "--min-learning-rate"),
+        (["p.json", "--min-learning-rate", "1e-5"], "--min-learning-rate"),
         (["p.json", "--resume", ""], "--resume"),
         (["p.json", "--output", ""], "--output"),
         ([""], "PLAN"),
