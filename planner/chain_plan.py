@@ -6,11 +6,9 @@ products is not known of an arbitrary one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, validate
 from planner.documents import Document, convert, parse_json, read_text
 from planner.errors import InputError
 from planner.plan import (
@@ -28,7 +26,8 @@ from planner.plan import (
     load_plan,
     stage_ranks,
 )
-from planner.traced import LayerCost, TracedModel
+from planner.traced import TracedModel
+from planner.values import check_values
 
 CHAIN_SCHEDULES = ("1F1B", "GPipe", "Naive")
 """Schedules with one stage per rank and a whole backward pass: splitting it needs code that knows the layers."""
@@ -58,6 +57,7 @@ def load_any_plan(path: str, field: str = "plan") -> Plan | ChainPlan:
     if not is_traced(value):
         return load_plan(path, field)
     plan = convert(value, ChainPlan, path, SCHEMA)
+    validate(plan.inputs.cluster, f"{path}: inputs.cluster")
     check_chain(plan.inputs, plan.decisions, path)
     if plan.inputs_hash != digest(plan.inputs):
         raise InputError(f"{path}: inputs_hash", plan.inputs_hash, "the hash of `inputs` is expected: the file was changed after it was made")
@@ -80,16 +80,6 @@ def chain_stage(first: int, size: int, again: frozenset[int], rank: int) -> Stag
     return Stage(first_layer=first, num_layers=size, recompute=counts, pipeline_rank=rank, recomputed_layers=tuple(sorted(again)))
 
 
-def _numbers(cost: LayerCost) -> Iterator[tuple[str, float]]:
-    """Every number of a layer's cost by the field that holds it."""
-    for name, value in msgspec.structs.asdict(cost).items():
-        if name in ("forward", "backward"):
-            for item in value:
-                yield from ((name, number) for number in (item.num_calls, *item.flops, *item.moved_bytes))
-        else:
-            yield from ((name, number) for number in (value if isinstance(value, tuple) else (value,)))
-
-
 def check_chain(inputs: ChainInputs, decisions: Decisions, where: str = "plan") -> None:
     """Raises InputError naming the first rule that the model or the decisions break."""
 
@@ -102,13 +92,7 @@ def check_chain(inputs: ChainInputs, decisions: Decisions, where: str = "plan") 
     for index, layer in enumerate(model.layers):
         if not 0 <= layer.cost < len(model.costs):
             refuse(f"inputs.model.layers[{index}].cost", layer.cost, f"an index below {len(model.costs)} is expected")
-    for index, cost in enumerate(model.costs):
-        for name, value in _numbers(cost):
-            if not abs(value) < 1e30 or (value < 0 and isinstance(value, int)):
-                refuse(f"inputs.model.costs[{index}].{name}", value, "a finite number is expected, and no negative count")
-    for name in ("data_parallel", "pipeline_parallel", "micro_batch_size", "num_microbatches"):
-        if getattr(d, name) < 1:
-            refuse(f"decisions.{name}", getattr(d, name), "a positive integer is expected")
+    check_values(decisions, where, "decisions")
     for name, only in (("tensor_parallel", 1), ("num_virtual_stages", 1), ("data_parallel_replicate", 1), ("sequence_parallel", False)):
         if getattr(d, name) != only:
             refuse(f"decisions.{name}", getattr(d, name), f"{only} is the only value for a traced module")

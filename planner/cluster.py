@@ -13,9 +13,17 @@ import msgspec
 
 from planner.documents import Document, convert, load
 from planner.errors import InputError
+from planner.values import AT_LEAST_ONE, COUNT, FRACTION, POSITIVE, check_values, count_up_to
 
 SCHEMA = "meshwright.cluster/1"
 Device = Literal["cuda", "cpu", "other"]
+MOST_GPUS = 10_000_000
+LAYER_PASSES = tuple(f"{kind}.{name}" for kind in ("embedding", "block", "head") for name in ("forward", "backward"))
+"""What `Efficiency.layer_scale` may name."""
+_REACHED = {
+    "matmul": FRACTION, "memory": FRACTION, "attention": FRACTION, "attention_backward": FRACTION, "layer_scale": POSITIVE,
+    "optimizer_scale": POSITIVE, "pipeline_scale": POSITIVE,
+}  # fmt: skip
 
 RENDEZVOUS_SECONDS = 1e-6
 """Least `Efficiency.receive_seconds` where late receives were seen: above 0, so that they take their message's time."""
@@ -23,6 +31,11 @@ RENDEZVOUS_SECONDS = 1e-6
 
 class Gpu(Document, frozen=True, kw_only=True):
     """One accelerator (or one CPU rank). FLOP/s are dense, without sparsity."""
+
+    RULES = {
+        "memory_bytes": COUNT, "peak_flops_per_second": POSITIVE, "memory_bandwidth_bytes_per_second": POSITIVE, "num_multiprocessors": COUNT,
+        "fp8_matmul_speedup": POSITIVE,
+    }  # fmt: skip
 
     name: str
     memory_bytes: int
@@ -43,6 +56,8 @@ class Gpu(Document, frozen=True, kw_only=True):
 class Link(Document, frozen=True, kw_only=True):
     """A link as one GPU sees it: what it can send, one direction, and the time of an empty message."""
 
+    RULES = {"bandwidth_bytes_per_second": POSITIVE, "alone_speedup": AT_LEAST_ONE}
+
     bandwidth_bytes_per_second: float
     latency_seconds: float
     source: str = ""
@@ -52,6 +67,8 @@ class Link(Document, frozen=True, kw_only=True):
 
 class ComputeEfficiency(Document, frozen=True, kw_only=True):
     """What computing reaches of the peaks: those fields of `Efficiency`, under the same names."""
+
+    RULES = _REACHED
 
     matmul: float
     memory: float
@@ -67,6 +84,11 @@ class ComputeEfficiency(Document, frozen=True, kw_only=True):
 
 class Efficiency(Document, frozen=True, kw_only=True):
     """How much of the peaks is reached. Each is a fraction in (0, 1] unless it says otherwise."""
+
+    RULES = _REACHED | {
+        "collective": FRACTION, "inter_node_collective": FRACTION, "point_to_point": FRACTION, "native_matmul": POSITIVE,
+        "native_attention": POSITIVE, "matmul_misaligned": POSITIVE, "time_scale": POSITIVE, "fresh_bandwidth_bytes_per_second": POSITIVE,
+    }  # fmt: skip
 
     matmul: float = 0.8
     """Of peak FLOP/s, by a large matrix product."""
@@ -133,6 +155,8 @@ class CollectiveCurve(Document, frozen=True, kw_only=True):
     The bytes are those of the whole tensor, so the bandwidth is not that of a link.
     """
 
+    RULES = {"num_ranks": COUNT, "num_nodes": COUNT, "bandwidth_bytes_per_second": POSITIVE}
+
     kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
     num_ranks: int
     num_nodes: int
@@ -142,6 +166,8 @@ class CollectiveCurve(Document, frozen=True, kw_only=True):
 
 class ClusterSpec(Document, frozen=True, kw_only=True):
     """GPUs in nodes: fast links inside a node, slower ones between nodes."""
+
+    RULES = {"num_gpus": count_up_to(MOST_GPUS), "gpus_per_node": count_up_to(MOST_GPUS), "cores_per_node": COUNT}
 
     schema: str = SCHEMA
     name: str
@@ -180,29 +206,18 @@ def compute_efficiency(cluster: ClusterSpec) -> ComputeEfficiency:
 
 def validate(cluster: ClusterSpec, where: str = "--cluster") -> ClusterSpec:
     """`cluster` itself when its numbers are possible. Raises InputError that names the field."""
-    checks: tuple[tuple[str, float], ...] = (
-        ("num_gpus", cluster.num_gpus),
-        ("gpus_per_node", cluster.gpus_per_node),
-        ("gpu.memory_bytes", cluster.gpu.memory_bytes),
-        ("gpu.memory_bandwidth_bytes_per_second", cluster.gpu.memory_bandwidth_bytes_per_second),
-        ("intra_node.bandwidth_bytes_per_second", cluster.intra_node.bandwidth_bytes_per_second),
-        ("inter_node.bandwidth_bytes_per_second", cluster.inter_node.bandwidth_bytes_per_second),
-        *((f"gpu.peak_flops_per_second.{key}", value) for key, value in cluster.gpu.peak_flops_per_second.items()),
-    )
-    for name, value in checks:
-        if not 0 < value < 1e20:
-            raise InputError(f"{where}: {name}", value, "a positive number is expected")
-    alone = cluster.inter_node.alone_speedup
-    if alone is not msgspec.UNSET and not 1 <= alone < 1e20:
-        raise InputError(f"{where}: inter_node.alone_speedup", alone, "a number of at least 1 is expected")
-    own = cluster.efficiency.bf16
-    fractions = [(f"efficiency.{name}", getattr(cluster.efficiency, name)) for name in ("collective", "inter_node_collective", "point_to_point")]
-    for at, reached in (("efficiency", cluster.efficiency), *(() if own is msgspec.UNSET else (("efficiency.bf16", own),))):
-        fractions += [(f"{at}.{name}", getattr(reached, name)) for name in ("matmul", "memory", "attention")]
-    for name, value in fractions:
-        if not 0 < value <= 1:
-            raise InputError(f"{where}: {name}", value, "a fraction above 0 and at most 1 is expected")
-    if not cluster.gpu.peak_flops_per_second:
+    check_values(cluster, where)
+    reached = [("efficiency", cluster.efficiency.layer_scale)]
+    if cluster.efficiency.bf16 is not msgspec.UNSET:
+        reached.append(("efficiency.bf16", cluster.efficiency.bf16.layer_scale))
+    for at, scales in reached:
+        for name in scales:
+            if name not in LAYER_PASSES:
+                raise InputError(f"{where}: {at}.layer_scale", name, f"one of {', '.join(LAYER_PASSES)} is expected")
+    gpu = cluster.gpu
+    if gpu.reserved_bytes >= gpu.memory_bytes:
+        raise InputError(f"{where}: gpu.reserved_bytes", gpu.reserved_bytes, f"less than memory_bytes ({gpu.memory_bytes}) is expected")
+    if not gpu.peak_flops_per_second:
         raise InputError(f"{where}: gpu.peak_flops_per_second", {}, "at least one data type is expected")
     return cluster
 
@@ -235,8 +250,8 @@ def load_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
             raise InputError(where, text, f"{hint}`plan clusters` lists the presets; PRESET:NUM_GPUS or a cluster file works")
         cluster = presets()[key]
     if ":" in text:
-        if not count.isdigit() or not 1 <= int(count) <= 10_000_000:
-            raise InputError(where, text, "the number of GPUs after the colon must be a positive integer")
+        if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
+            raise InputError(where, text, f"the number of GPUs after the colon must be a positive integer, at most {MOST_GPUS:,}")
         cluster = with_num_gpus(cluster, int(count))
     return validate(cluster, where)
 

@@ -24,6 +24,7 @@ from planner.plan import Memory, PipelineRankPrediction, plan_hash
 from planner.run import DryRun, Run, RunRank
 from planner.schedule import Action, plan_actions
 from planner.timeline import Event, Timeline, bubble_fractions, simulate
+from planner.values import SIGNED
 
 SCHEMA = "meshwright.comparison/1"
 CATEGORIES = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "buffers_bytes", "total_bytes")
@@ -47,6 +48,8 @@ _NAMES = {
 class Row(Document, frozen=True, kw_only=True):
     """One quantity. `rank` is a global rank, or null for the whole run."""
 
+    RULES = dict.fromkeys(("predicted", "measured", "error_fraction"), SIGNED)
+
     quantity: str
     rank: int | None
     predicted: float | None
@@ -57,6 +60,8 @@ class Row(Document, frozen=True, kw_only=True):
 
 class Cause(Document, frozen=True, kw_only=True):
     """One predicted constant beside its measurement, in mean seconds of one such action."""
+
+    RULES = {"effect_seconds": SIGNED}
 
     constant: str
     predicted_seconds: float

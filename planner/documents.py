@@ -12,18 +12,23 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
 from planner.errors import InputError
+from planner.values import Rule, check_values
 
 T = TypeVar("T")
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything that is stored as JSON: typed, frozen, and strict about its fields."""
+
+    RULES: ClassVar[Mapping[str, Rule]] = {}
+    """The numbers that fields may hold, where that is not any that is finite and not negative (`planner.values`)."""
 
 
 def read_text(path: str | os.PathLike[str], field: str) -> str:
@@ -38,7 +43,7 @@ def read_text(path: str | os.PathLike[str], field: str) -> str:
 def parse_json(text: str, where: str) -> Any:
     """The JSON value in `text`. Raises InputError saying at which line it is broken."""
     try:
-        return json.loads(text, parse_constant=lambda name: float("nan"))
+        return json.loads(text, parse_constant=float)
     except (ValueError, RecursionError) as error:
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(where, text[:40], f"valid JSON is expected{place}") from None
@@ -47,7 +52,7 @@ def parse_json(text: str, where: str) -> Any:
 def convert(value: Any, document: type[T], where: str, schema: str | None = None) -> T:
     """`value` (plain JSON data) as a `document`. Raises InputError that names the wrong field by its path.
 
-    With `schema`, the value must be an object whose field "schema" is exactly that.
+    With `schema`, the value must be an object whose field "schema" is exactly that. Numbers are checked by the document's `RULES`.
     """
     if schema is not None:
         if not isinstance(value, dict):
@@ -55,7 +60,7 @@ def convert(value: Any, document: type[T], where: str, schema: str | None = None
         if value.get("schema") != schema:
             raise InputError(f"{where}: schema", value.get("schema"), f'"{schema}" is expected')
     try:
-        return msgspec.convert(value, document)
+        result = msgspec.convert(value, document)
     except msgspec.ValidationError as error:
         message = str(error)
         reason, _, path = message.partition(" - at `")
@@ -70,6 +75,8 @@ def convert(value: Any, document: type[T], where: str, schema: str | None = None
             found = parent.get(name) if isinstance(parent, dict) else None
             raise InputError(f"{where}: {path}", found, allowed) from None
         raise InputError(f"{where}: {path or 'document'}", _at(value, path), reason) from None
+    check_values(result, where)
+    return result
 
 
 def load(path: str | os.PathLike[str], document: type[T], schema: str, field: str = "file") -> T:

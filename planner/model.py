@@ -21,6 +21,7 @@ from planner.errors import InputError
 from planner.hf_config import ROPE_SCALINGS as ROPE_SCALINGS
 from planner.hf_config import read_fields
 from planner.traced import is_reference
+from planner.values import COUNT, POSITIVE, check_values, count_up_to
 
 PositionEmbedding = Literal["learned", "rope", "alibi"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -30,6 +31,8 @@ Activation = Literal["gelu", "gelu_erf", "silu", "relu"]
 
 class RopeScaling(Document, frozen=True, kw_only=True):
     """How rotary positions are stretched beyond the length of pre-training, in Hugging Face's words. Planning does not depend on it."""
+
+    RULES = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), POSITIVE)
 
     rope_type: str
     """linear: all angles divided by `factor`; llama3: those of slow elements (Llama 3.1). Of others only the name is kept."""
@@ -43,6 +46,13 @@ class RopeScaling(Document, frozen=True, kw_only=True):
 
 class ModelSpec(Document, frozen=True, kw_only=True):
     """A decoder-only transformer by its shape. Sizes are counts of elements; nothing here depends on a cluster."""
+
+    RULES = {
+        "num_layers": count_up_to(10_000), "hidden_size": COUNT, "ffn_hidden_size": COUNT, "num_attention_heads": COUNT,
+        "num_key_value_heads": COUNT, "head_dim": COUNT, "vocab_size": COUNT, "max_sequence_length": COUNT, "rope_theta": POSITIVE,
+        "params_published": POSITIVE, "num_training_tokens": POSITIVE, "attention_scale": POSITIVE, "attention_softcap": POSITIVE,
+        "head_softcap": POSITIVE, "sliding_window": COUNT, "full_attention_every": COUNT,
+    }  # fmt: skip
 
     name: str
     num_layers: int
@@ -181,14 +191,7 @@ class ModelSpec(Document, frozen=True, kw_only=True):
 
 def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
     """`model` itself, when its numbers can be those of a transformer. Raises InputError that names the field."""
-    positive = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "max_sequence_length",
-    )  # fmt: skip
-    for name in positive:
-        value = getattr(model, name)
-        if value < 1 or value > 10**12:
-            raise InputError(f"{where}: {name}", value, "a positive integer is expected")
+    check_values(model, where)
     if model.num_attention_heads % model.num_key_value_heads:
         raise InputError(
             f"{where}: num_key_value_heads",
@@ -205,10 +208,6 @@ def validate(model: ModelSpec, where: str = "--model") -> ModelSpec:
         raise InputError(f"{where}: rotary_dim", model.rotary_dim, f"1 to head_dim ({model.head_dim}), and that with rotary positions only")
     if model.rope_scaling is not msgspec.UNSET:
         _validate_scaling(model, model.rope_scaling, f"{where}: rope_scaling")
-    for name in ("attention_scale", "attention_softcap", "head_softcap", "sliding_window", "full_attention_every"):
-        value = getattr(model, name)
-        if value is not msgspec.UNSET and not 0 < value < math.inf:
-            raise InputError(f"{where}: {name}", value, "a number above 0 is expected")
     if model.sliding_window is not msgspec.UNSET and model.position_embedding == "alibi":
         raise InputError(f"{where}: sliding_window", model.sliding_window, "a window is for other positions than alibi")
     if model.rotary_size % 2:
@@ -222,8 +221,8 @@ def _validate_scaling(model: ModelSpec, scaling: RopeScaling, where: str) -> Non
         raise InputError(where, scaling.rope_type, f"scaling is for rotary positions, not {model.position_embedding}")
     for name in ROPE_SCALINGS.get(scaling.rope_type, ()):
         value = getattr(scaling, name)
-        if value is msgspec.UNSET or not 0 < value < math.inf:
-            raise InputError(f"{where}.{name}", None if value is msgspec.UNSET else value, f"a number above 0 is expected with {scaling.rope_type}")
+        if value is msgspec.UNSET:
+            raise InputError(f"{where}.{name}", None, f"a number above 0 is expected with {scaling.rope_type}")
     if scaling.rope_type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:  # type: ignore[operator]
         raise InputError(f"{where}.high_freq_factor", scaling.high_freq_factor, f"more than low_freq_factor ({scaling.low_freq_factor}) is expected")
 

@@ -14,9 +14,12 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import msgspec
 
 from planner.cluster import ClusterSpec
+from planner.cluster import validate as validate_cluster
 from planner.documents import Document, builtins, convert, parse_json, read_text
 from planner.errors import InputError
 from planner.model import ModelSpec
+from planner.model import validate as validate_model
+from planner.values import COUNT, FRACTION, POSITIVE, SIGNED, check_values
 
 SCHEMA = "meshwright.plan/1"
 T = TypeVar("T", bound=msgspec.Struct)
@@ -59,6 +62,12 @@ class Stage(Document, frozen=True, kw_only=True):
 class Decisions(Document, frozen=True, kw_only=True):
     """What a plan decides. Layer 0 is the embedding, 1..L the blocks, L + 1 the head (final norm and projection)."""
 
+    RULES = dict.fromkeys(
+        ("data_parallel", "tensor_parallel", "pipeline_parallel", "micro_batch_size", "num_microbatches", "num_virtual_stages",
+         "data_parallel_replicate"),
+        COUNT,
+    )  # fmt: skip
+
     data_parallel: int
     tensor_parallel: int
     pipeline_parallel: int
@@ -86,6 +95,8 @@ class Decisions(Document, frozen=True, kw_only=True):
 
 class Training(Document, frozen=True, kw_only=True):
     """What is asked of the training run."""
+
+    RULES = {"global_batch_size": COUNT, "sequence_length": COUNT, "memory_fraction": FRACTION}
 
     global_batch_size: int
     sequence_length: int
@@ -136,6 +147,8 @@ class Memory(Document, frozen=True, kw_only=True):
 class PipelineRankPrediction(Document, frozen=True, kw_only=True):
     """One pipeline rank: its stages, its peak and its time per micro-batch."""
 
+    RULES = {"headroom_bytes": SIGNED}
+
     pipeline_rank: int
     stages: tuple[int, ...]
     num_in_flight: int
@@ -147,6 +160,8 @@ class PipelineRankPrediction(Document, frozen=True, kw_only=True):
 
 class Time(Document, frozen=True, kw_only=True):
     """Time of one optimizer step and what follows from it. Null where an input is missing."""
+
+    RULES = {"step_seconds": POSITIVE, "bubble_fraction": SIGNED}
 
     step_seconds: float | None = None
     step_seconds_interval: tuple[float, float] | None = None
@@ -290,6 +305,8 @@ def load_plan(path: str, field: str = "plan") -> Plan:
         allowed = "a plan of a transformer is expected; one of a traced module can be shown, simulated, run, compared and reported"
         raise InputError(f"{path}: inputs.model.name", value["inputs"]["model"].get("name"), allowed)
     plan = convert(value, Plan, path, SCHEMA)
+    validate_model(plan.inputs.model, f"{path}: inputs.model")
+    validate_cluster(plan.inputs.cluster, f"{path}: inputs.cluster")
     check(plan.inputs, plan.decisions, path)
     if plan.inputs_hash != digest(plan.inputs):
         raise InputError(f"{path}: inputs_hash", plan.inputs_hash, "the hash of `inputs` is expected: the file was changed after it was made")
@@ -303,12 +320,7 @@ def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:
         raise InputError(f"{where}: decisions.{field}", value, allowed)
 
     model, training = inputs.model, inputs.training
-    for name in (
-        "data_parallel", "tensor_parallel", "pipeline_parallel", "micro_batch_size", "num_microbatches", "num_virtual_stages",
-        "data_parallel_replicate",
-    ):  # fmt: skip
-        if getattr(decisions, name) < 1:
-            refuse(name, getattr(decisions, name), "a positive integer is expected")
+    check_values(decisions, where, "decisions")
     if decisions.world_size != inputs.cluster.num_gpus:
         refuse(
             "data_parallel",

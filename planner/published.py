@@ -23,6 +23,7 @@ from planner.framework_memory import facts as memory_facts
 from planner.published_memory import ran_out_of_memory, row_memory
 from planner.rows import Case, Measured, NotExpressible, case_of, measured_of
 from planner.timing import predict_time, zero_bubble_2p_seconds
+from planner.values import SIGNED
 
 SCHEMA = "meshwright.validation/1"
 
@@ -44,6 +45,8 @@ class MeasuredFigures(Document, frozen=True, kw_only=True):
 
 class ValidationRow(Document, frozen=True, kw_only=True):
     """One published configuration. `why_not` says why there is no prediction."""
+
+    RULES = {"step_time_error_fraction": SIGNED, "memory_error_fraction": SIGNED}
 
     id: str
     group: str
@@ -70,6 +73,8 @@ class MemoryFit(Document, frozen=True, kw_only=True):
 class GroupErrors(Document, frozen=True, kw_only=True):
     """Errors of the counted rows of one group, as fractions."""
 
+    RULES = dict.fromkeys(("step_time_mean_error", "step_time_worst_error", "rank_correlation"), SIGNED)
+
     group: str
     calibrated: bool
     num_rows: int
@@ -88,6 +93,8 @@ class GroupErrors(Document, frozen=True, kw_only=True):
 
 class ErrorMeans(Document, frozen=True, kw_only=True):
     """Means over groups of the means within a group."""
+
+    RULES = {"step_time_mean_error": SIGNED}
 
     num_groups: int
     num_rows: int

@@ -9,6 +9,7 @@ from planner.documents import Document, load
 from planner.plan import Memory
 from planner.timeline import SCHEMA as TIMELINE_SCHEMA
 from planner.timeline import Event, Timeline
+from planner.values import POSITIVE, SIGNED
 
 SCHEMA = "meshwright.run/1"
 DRY_RUN_SCHEMA = "meshwright.dry_run/1"
@@ -16,6 +17,8 @@ DRY_RUN_SCHEMA = "meshwright.dry_run/1"
 
 class Step(Document, frozen=True, kw_only=True):
     """One optimizer step. `loss` is the mean over all tokens of the global batch, before the update."""
+
+    RULES = {"loss": SIGNED}
 
     step: int
     loss: float
@@ -35,6 +38,8 @@ class Coordinates(Document, frozen=True, kw_only=True):
 
 class RunRank(Document, frozen=True, kw_only=True):
     """What one rank measured. `memory` is its peak in the tracked step, by category; the others are what the system says."""
+
+    RULES = {"bubble_fraction": SIGNED}
 
     rank: int
     coordinates: Coordinates
@@ -58,6 +63,8 @@ class RunRank(Document, frozen=True, kw_only=True):
 class Summary(Document, frozen=True, kw_only=True):
     """Over the timed steps: the median step, the mean bubble of the ranks, the heaviest rank's peak."""
 
+    RULES = {"step_seconds": POSITIVE, "bubble_fraction": SIGNED}
+
     step_seconds: float
     bubble_fraction: float
     peak_bytes: int
@@ -65,6 +72,8 @@ class Summary(Document, frozen=True, kw_only=True):
 
 
 class Run(Document, frozen=True, kw_only=True):
+    RULES = {"environment": SIGNED}
+
     schema: str = SCHEMA
     plan_hash: str
     rehearsed: bool

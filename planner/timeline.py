@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from planner.documents import Document
 from planner.schedule import COMPUTE_KINDS, Action, Actions
+from planner.values import SIGNED
 
 SCHEMA = "meshwright.timeline/1"
 
@@ -28,6 +29,8 @@ class Event(NamedTuple):
 
 class Timeline(Document, frozen=True, kw_only=True):
     """The events of one step. `rank` is a pipeline rank in a simulation and a global rank in a measurement."""
+
+    RULES = {"events": SIGNED}
 
     schema: str = SCHEMA
     source: str

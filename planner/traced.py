@@ -10,6 +10,7 @@ import re
 from typing import Literal
 
 from planner.documents import Document
+from planner.values import SIGNED
 
 Affine = tuple[float, float]
 """A quantity of a micro-batch of b samples: the first plus b times the second."""
@@ -25,6 +26,8 @@ def is_reference(text: str) -> bool:
 class Operation(Document, frozen=True, kw_only=True):
     """Equal operations of a layer: `num_calls` of them, each with these FLOPs and bytes read and written."""
 
+    RULES = {"flops": SIGNED, "moved_bytes": SIGNED}
+
     kind: OperationKind
     """matmul: what runs at the peak of matrix products, convolutions included; elementwise: what moves bytes only."""
     num_calls: int
@@ -34,6 +37,10 @@ class Operation(Document, frozen=True, kw_only=True):
 
 class LayerCost(Document, frozen=True, kw_only=True):
     """What one layer of the chain needs, nothing recomputed."""
+
+    RULES = dict.fromkeys(
+        ("saved_bytes", "received_bytes", "sent_bytes", "kept_bytes", "forward_transient_bytes", "backward_transient_bytes"), SIGNED
+    )
 
     num_parameters: int
     """Trained parameters that no earlier layer has."""

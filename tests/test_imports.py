@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    {"errors"}, {"documents"}, {"model", "cluster"}, {"plan"}, {"graph", "trace", "schedule"}, {"timeline"}, {"run"}, {"memory", "timing"},
-    {"estimate"}, {"program"}, {"solver"}, {"regular", "dive"}, {"explore"}, {"search"},
+    {"errors"}, {"values"}, {"documents"}, {"model", "cluster"}, {"plan"}, {"graph", "trace", "schedule"}, {"timeline"}, {"run"},
+    {"memory", "timing"}, {"estimate"}, {"program"}, {"solver"}, {"regular", "dive"}, {"explore"}, {"search"},
     {"export", "compare", "published", "paradigms"}, {"tables", "report"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

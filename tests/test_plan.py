@@ -1,7 +1,10 @@
+import copy
 import json
+import math
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import documents
-from planner.cluster import load_cluster
+from planner.cluster import CollectiveCurve, compute_efficiency, load_cluster
+from planner.cluster import presets as cluster_presets
 from planner.errors import InputError
-from planner.model import load_model
+from planner.model import load_model, read_hf_config
 from planner.plan import (
     Decisions,
     Inputs,
@@ -33,6 +37,7 @@ from planner.plan import (
     replace,
     stage_blocks,
 )
+from planner.run import load_run
 
 
 def small(pp: int = 2, tp: int = 1, dp: int = 1, **changes: object) -> tuple[Inputs, Decisions]:
@@ -183,3 +188,109 @@ def test_a_plan_made_before_the_model_had_its_later_fields_loads() -> None:
     plan = load_plan(str(Path(__file__).parent / "data" / "older_plan.json"))
     assert plan.inputs.model == load_model("tiny-llama")
     assert "rotary_dim" not in documents.builtins(plan.inputs.model)
+
+
+def calibrated() -> dict:
+    """A cluster document with every field that a calibration can write."""
+    cluster = load_cluster("a100-80gb:4")
+    gpu = replace(cluster.gpu, fp8_matmul_speedup=1.6)
+    efficiency = replace(
+        cluster.efficiency, layer_scale={"block.forward": 1.1, "head.backward": 0.9}, pipeline_scale=1.1, attention_block_seconds=1e-6,
+        receive_seconds=1e-6, matmul_misaligned=1.3, fresh_bandwidth_bytes_per_second=1e9, wait_seconds=1e-4, step_seconds=1e-3,
+    )  # fmt: skip
+    efficiency = replace(efficiency, bf16=compute_efficiency(replace(cluster, efficiency=efficiency)))
+    curve = CollectiveCurve(kind="all_reduce", num_ranks=2, num_nodes=1, latency_seconds=1e-4, bandwidth_bytes_per_second=1e9)
+    link = replace(cluster.inter_node, alone_speedup=1.5)
+    return documents.builtins(
+        replace(cluster, gpu=gpu, efficiency=efficiency, inter_node=link, collectives=(curve,), cores_per_node=2, price_per_gpu_hour=2.0)
+    )
+
+
+def numbers(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The paths of all numbers in a JSON value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ():
+        yield from numbers(item, (*path, key))
+
+
+def changed(data: dict, path: tuple[str | int, ...], value: object) -> dict:
+    data = copy.deepcopy(data)
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return data
+
+
+def refused(load, path: Path, data: object) -> str:
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -1e-9, 10**40])
+def test_no_number_of_a_cluster_file_may_be_negative_or_endless(value: float, tmp_path: Path) -> None:
+    data, file = calibrated(), tmp_path / "cluster.json"
+    file.write_text(json.dumps(data))
+    assert load_cluster(str(file)).efficiency.receive_seconds == 1e-6
+    paths = list(numbers(data))
+    assert len(paths) > 50
+    for path in paths:
+        assert str(path[-1]) in refused(load_cluster, file, changed(data, path, value)) or isinstance(path[-1], int)
+
+
+@pytest.mark.parametrize("name", [
+    "efficiency.attention_backward", "efficiency.bf16.attention_backward", "efficiency.time_scale", "efficiency.native_matmul",
+    "efficiency.bf16.pipeline_scale", "efficiency.layer_scale", "collectives", "gpu.memory_bytes", "cores_per_node", "num_gpus",
+])  # fmt: skip
+def test_what_divides_may_not_be_0(name: str, tmp_path: Path) -> None:
+    data = calibrated()
+    where = {
+        "efficiency.layer_scale": ("efficiency", "layer_scale", "block.forward"), "collectives": ("collectives", 0, "bandwidth_bytes_per_second"),
+    }.get(name, tuple(name.split(".")))  # fmt: skip
+    assert name in refused(load_cluster, tmp_path / "cluster.json", changed(data, where, 0))
+
+
+def test_other_rules_of_a_cluster_file(tmp_path: Path) -> None:
+    data, file = calibrated(), tmp_path / "cluster.json"
+    assert "head.backward" in refused(load_cluster, file, changed(data, ("efficiency", "layer_scale", "blok.forward"), 1.0))
+    assert "head.backward" in refused(load_cluster, file, changed(data, ("efficiency", "bf16", "layer_scale", "blok.forward"), 1.0))
+    assert "reserved_bytes" in refused(load_cluster, file, changed(data, ("gpu", "reserved_bytes"), data["gpu"]["memory_bytes"]))
+    assert "bf16" in refused(load_cluster, file, changed(data, ("efficiency", "bf16", "matmul"), 1.5))
+
+
+def test_every_cluster_preset_keeps_the_rules() -> None:
+    for name in cluster_presets():
+        load_cluster(name)
+
+
+@pytest.mark.parametrize(("field", "value"), [("rope_theta", 0), ("rope_theta", -1), ("num_hidden_layers", 10**9), ("rms_norm_eps", -1.0)])
+def test_impossible_numbers_of_a_config_are_refused(field: str, value: float, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, field: value}
+    assert {"num_hidden_layers": "num_layers", "rms_norm_eps": "norm_epsilon"}.get(field, field) in refused(
+        lambda path: read_hf_config(Path(path)), tmp_path / "config.json", config
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_predictions_and_measurements_are_finite_and_no_time_is_negative(value: float, tmp_path: Path) -> None:
+    plan = whole(*small())
+    solver = replace(plan.solver, objective_seconds=1.0, gap_fraction=0.1)
+    time = Time(step_seconds=1.0, step_seconds_interval=(0.9, 1.1), training_days=3.0, breakdown_seconds={"compute": 1.0})
+    data = json.loads(documents.dumps(replace(plan, solver=solver, predictions=replace(plan.predictions, time=time))))
+    for part in ("predictions", "solver"):
+        for path in numbers(data[part]):
+            refused(load_plan, tmp_path / "plan.json", changed(data, (part, *path), value))
+    memory = documents.builtins(Memory.of(1, 2, 3))
+    place = {"pp": 0, "dp": 0, "tp": 0}
+    rank = {"rank": 0, "coordinates": place, "memory": memory, "bubble_fraction": 0.1, "busy_seconds": 1.0, "actions_file": None}
+    run = {
+        "schema": "meshwright.run/1", "plan_hash": "", "rehearsed": False, "environment": {}, "steps": [], "ranks": [rank],
+        "summary": {"step_seconds": 1.0, "bubble_fraction": 0.1, "peak_bytes": 6, "tokens_per_second": 1.0},
+    }  # fmt: skip
+    for path in numbers(run):
+        if path[-1] != "bubble_fraction" or value != -1.0:
+            refused(load_run, tmp_path / "run.json", changed(run, path, value))
