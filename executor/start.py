@@ -5,6 +5,7 @@ What is wrong is said here, once and on one line, with the exit status that torc
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -45,11 +46,11 @@ def main(argv: list[str]) -> int:
 
 def check_inputs(options: Namespace) -> None:
     """Raises InputError for a file or folder to read that is not there."""
-    if options.data not in (None, "synthetic") and not Path(options.data).is_file():
+    if options.data not in (None, "synthetic") and not os.path.isfile(options.data):
         raise InputError("--data", options.data, "a readable file is expected")
     for name in ("resume", "load"):
         folder = getattr(options, name)
-        if folder is not None and not Path(folder).is_dir():
+        if folder is not None and not os.path.isdir(folder):
             raise InputError(f"--{name}", folder, "an existing folder is expected")
 
 

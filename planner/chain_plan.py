@@ -20,6 +20,7 @@ from planner.plan import (
     SolverReport,
     Stage,
     Training,
+    check_predictions,
     check_schedule,
     digest,
     is_traced,
@@ -59,6 +60,7 @@ def load_any_plan(path: str, field: str = "plan") -> Plan | ChainPlan:
     plan = convert(value, ChainPlan, path, SCHEMA)
     validate(plan.inputs.cluster, f"{path}: inputs.cluster")
     check_chain(plan.inputs, plan.decisions, path)
+    check_predictions(plan.predictions, plan.decisions, path)
     if plan.inputs_hash != digest(plan.inputs):
         raise InputError(f"{path}: inputs_hash", plan.inputs_hash, "the hash of `inputs` is expected: the file was changed after it was made")
     return plan

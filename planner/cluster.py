@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 from importlib import resources
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -240,7 +240,7 @@ ALIASES = {"a100": "a100-80gb", "v100": "v100-32gb", "h100": "h100-80gb", "h200"
 def load_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
     """The cluster that `text` names: `PRESET`, `PRESET:NUM_GPUS`, or a cluster file (`FILE` or `FILE:NUM_GPUS`)."""
     name, _, count = text.partition(":")
-    if name.endswith(".json") or Path(name).is_file():
+    if name.endswith(".json") or os.path.isfile(name):
         cluster = load(name, ClusterSpec, SCHEMA, where)
     else:
         key = ALIASES.get(name.lower(), name.lower())

@@ -112,6 +112,9 @@ def check_same_plan(plan: AnyPlan, run: Run | None, dry_run: DryRun | None = Non
     for name, document in (("run", run), ("dry run", dry_run)):
         if document is not None and document.plan_hash != expected:
             raise InputError(f"{name}: plan_hash", document.plan_hash, f"{expected} is expected: it was made from another plan")
+    for traced in dry_run.pipeline_ranks if dry_run is not None else ():
+        if not 0 <= traced.pipeline_rank < plan.decisions.pipeline_parallel:
+            raise InputError("dry run: pipeline_ranks", traced.pipeline_rank, f"the plan has {plan.decisions.pipeline_parallel} pipeline ranks")
     for rank in run.ranks if run is not None else ():
         if not 0 <= rank.coordinates.pp < plan.decisions.pipeline_parallel:
             raise InputError(

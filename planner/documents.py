@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from planner.errors import InputError
-from planner.values import Rule, check_values
+from planner.values import Rule, check_texts, check_values
 
 T = TypeVar("T")
 
@@ -40,13 +40,28 @@ def read_text(path: str | os.PathLike[str], field: str) -> str:
         raise InputError(field, str(path), f"a readable file is expected ({reason})") from None
 
 
+def check_name(path: str | os.PathLike[str], field: str = "--output") -> None:
+    """Raises InputError naming `field` where no file or folder can have the name `path`, such as one that is too long."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        if not os.fspath(path):
+            raise InputError(field, "", "a path is expected") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(field, str(path), f"a name that a file can have is expected ({reason})") from None
+
+
 def parse_json(text: str, where: str) -> Any:
     """The JSON value in `text`. Raises InputError saying at which line it is broken."""
     try:
-        return json.loads(text, parse_constant=float)
+        value = json.loads(text, parse_constant=float)
     except (ValueError, RecursionError) as error:
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(where, text[:40], f"valid JSON is expected{place}") from None
+    if "\\ud" in text or "\\uD" in text:
+        check_texts(value, where)
+    return value
 
 
 def convert(value: Any, document: type[T], where: str, schema: str | None = None) -> T:
@@ -99,7 +114,7 @@ def write_text(path: str | os.PathLike[str], text: str, field: str = "--output")
     that is there. A link is followed; a device or a pipe is written to as it is.
     """
     try:
-        if _is_stream(Path(path)):
+        if is_stream(Path(path)):
             with open(path, "w", encoding="utf-8") as stream:
                 stream.write(text)
         else:
@@ -108,7 +123,7 @@ def write_text(path: str | os.PathLike[str], text: str, field: str = "--output")
         raise InputError(field, str(path), f"a writable place is expected ({error.strerror})") from None
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether it is a device, a pipe or an open file of a process, which nothing may take the place of."""
     return (path.exists() and not path.is_file() and not path.is_dir()) or path.absolute().parts[1:2] in (("dev",), ("proc",))
 

@@ -77,7 +77,7 @@ def _activation(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The activation function that a config names, as a field. Raises InputError for one that is not known here."""
     for key in ("hidden_activation", "activation_function", "hidden_act", "activation"):
         if (name := config.get(key)) is not None:
-            if name not in HF_ACTIVATIONS:
+            if not isinstance(name, str) or name not in HF_ACTIVATIONS:
                 raise InputError(f"{path}: {key}", name, f"one of {', '.join(HF_ACTIVATIONS)} is expected")
             return {"activation": HF_ACTIVATIONS[name]}
     return {}
@@ -110,6 +110,8 @@ def _gemma2_attention(config: dict[str, Any], values: dict[str, Any], path: Path
     if found["sliding_window"] is msgspec.UNSET:
         return found
     kinds = config.get("layer_types") or ["sliding_attention", "full_attention"]
+    if not isinstance(kinds, list):
+        raise InputError(f"{path}: layer_types", kinds, "a list is expected")
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
     if any((kind == "full_attention") != bool(every and (index + 1) % every == 0) for index, kind in enumerate(kinds)):
         raise InputError(f"{path}: layer_types", kinds, "full_attention at every n-th layer is expected, sliding_attention at the others")
@@ -145,7 +147,7 @@ def read_fields(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(str(path), config, "a JSON object is expected")
     kind = config.get("model_type")
-    if kind not in HF_ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in HF_ARCHITECTURES:
         raise InputError(f"{path}: model_type", kind, f"one of {', '.join(sorted(HF_ARCHITECTURES))} is expected")
     values = dict(HF_ARCHITECTURES[kind])
     for field, keys in HF_KEYS.items():
@@ -169,6 +171,9 @@ def read_fields(path: Path, where: str) -> dict[str, Any]:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
     values.setdefault("max_sequence_length", 2048)
+    if not isinstance(values["max_sequence_length"], int):
+        key = next(key for key in HF_KEYS["max_sequence_length"] if config.get(key) is not None)
+        raise InputError(f"{path}: {key}", values["max_sequence_length"], "a positive integer is expected")
     if kind in ("llama", "qwen3") and config.get("attention_bias"):
         values |= {"qkv_bias": True, "attention_output_bias": True}
     if kind == "llama" and config.get("mlp_bias"):

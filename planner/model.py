@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -251,9 +252,9 @@ def load_model(text: str, where: str = "--model") -> ModelSpec:
     if is_reference(text):
         raise InputError(where, text, "a traced module can be estimated and solved; here a preset or an HF config.json is expected")
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_hf_config(path / "config.json", where)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or os.path.isfile(path):
         return read_hf_config(path, where)
     name = text.lower()
     name = ALIASES.get(name, name)

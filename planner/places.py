@@ -5,11 +5,15 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from planner.documents import check_name, is_stream
 from planner.errors import InputError
 
 
 def check_file(option: str, given: str) -> None:
-    """Raises InputError unless `given` is a file that can be written in a folder that exists."""
+    """Raises InputError unless `given` is a file that can be written in a folder that exists, or a device or a pipe."""
+    check_name(given, option)
+    if Path(given).exists() and is_stream(Path(given)):
+        return
     if Path(given).is_dir():
         raise InputError(option, given, "a file is expected, not a folder")
     try:
@@ -20,6 +24,7 @@ def check_file(option: str, given: str) -> None:
 
 def check_folder(option: str, given: str) -> None:
     """Raises InputError unless `given` is a folder that can be written in, or be made."""
+    check_name(given, option)
     nearest = Path(given).absolute()
     try:
         while not nearest.exists():

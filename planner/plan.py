@@ -308,9 +308,22 @@ def load_plan(path: str, field: str = "plan") -> Plan:
     validate_model(plan.inputs.model, f"{path}: inputs.model")
     validate_cluster(plan.inputs.cluster, f"{path}: inputs.cluster")
     check(plan.inputs, plan.decisions, path)
+    check_predictions(plan.predictions, plan.decisions, path)
     if plan.inputs_hash != digest(plan.inputs):
         raise InputError(f"{path}: inputs_hash", plan.inputs_hash, "the hash of `inputs` is expected: the file was changed after it was made")
     return plan
+
+
+def check_predictions(predictions: Predictions, decisions: Decisions, where: str) -> None:
+    """Raises InputError unless the predictions are of the decisions' pipeline ranks, in order, or of none."""
+    ranks = predictions.pipeline_ranks
+    if ranks and [rank.pipeline_rank for rank in ranks] != list(range(decisions.pipeline_parallel)):
+        found = [rank.pipeline_rank for rank in ranks]
+        raise InputError(f"{where}: predictions.pipeline_ranks", found, f"each rank from 0 to {decisions.pipeline_parallel - 1} once is expected")
+    for rank in ranks:
+        if not all(0 <= stage < decisions.num_stages for stage in rank.stages):
+            path = f"{where}: predictions.pipeline_ranks[{rank.pipeline_rank}].stages"
+            raise InputError(path, rank.stages, f"stages from 0 to {decisions.num_stages - 1} are expected")
 
 
 def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from planner.documents import Document, load
+from planner.errors import InputError
 from planner.plan import Memory
 from planner.timeline import SCHEMA as TIMELINE_SCHEMA
 from planner.timeline import Event, Timeline
@@ -100,7 +101,10 @@ class DryRun(Document, frozen=True, kw_only=True):
 
 def load_run(path: str | os.PathLike[str], field: str = "run") -> Run:
     """The run document at `path`."""
-    return load(path, Run, SCHEMA, field)
+    found = load(path, Run, SCHEMA, field)
+    if not found.ranks:
+        raise InputError(f"{path}: ranks", [], "at least one rank is expected")
+    return found
 
 
 def load_dry_run(path: str | os.PathLike[str], field: str = "--dry-run") -> DryRun:

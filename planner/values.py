@@ -43,19 +43,15 @@ COUNT = count_up_to(10**12)
 def check_values(document: Any, where: str, path: str = "") -> None:
     """Raises InputError naming the first field of `document`, which lies at `path` of `where`, whose value it can't have."""
     for at, value, rule in _leaves(document, path, NOT_NEGATIVE):
-        if isinstance(value, str):
-            if not _encodable(value):
-                raise InputError(f"{where}: {at}", value, "text that UTF-8 can hold is expected")
-        elif not rule.low <= value <= rule.high:
+        if not isinstance(value, str) and not rule.low <= value <= rule.high:
             raise InputError(f"{where}: {at}", value, rule.allowed)
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def check_texts(value: Any, where: str) -> None:
+    """Raises InputError for the first text in a JSON value that can't be written: half of a surrogate pair is no character."""
+    for at, text, _ in _leaves(value, "", SIGNED):
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{where}: {at}", text, "whole characters are expected, not half of a surrogate pair")
 
 
 def _leaves(value: Any, path: str, rule: Rule) -> Iterator[tuple[str, str | int | float, Rule]]:

@@ -42,7 +42,14 @@ def test_what_does_not_fit_has_status_3_and_a_document_all_the_same() -> None:
     assert "would fit" in done.stderr and "Traceback" not in done.stderr
 
 
+LONG = "a" * 300
 WRONG = [
+    (["estimate", "--model", LONG], "--model"),
+    (["estimate", "--model", "gpt2", "--cluster", LONG], "--cluster"),
+    (["solve", "--model", "gpt2", "--cluster", "a100:1", "--global-batch-size", "8", "-o", LONG], "--output"),
+    (["estimate", "--model", "gpt2", "--gpus", "8", "--global-batch-size", "8", "-o", LONG], "--output"),
+    (["validate", "--report", LONG], "File name too long"),
+    (["demo", "-o", LONG], "--output"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--within-days", "1"], "--num-tokens"),
@@ -73,7 +80,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments)[:100] for arguments, _ in WRONG])
 def test_wrong_input_gives_one_clear_line_and_status_2(arguments: list[str], named: str) -> None:
     done = plan(*arguments)
     assert done.returncode == 2 and done.stdout == ""
@@ -87,6 +94,17 @@ def test_demo_looks_at_its_inputs_before_it_measures(tmp_path: Path, option: str
     done = subprocess.run(demo, capture_output=True, text=True, cwd=ROOT, check=False, timeout=20)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and option in done.stderr
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["estimate", "--model", "gpt2", "--json"], ["--help"]], ids=lambda words: words[0])
+def test_a_stdout_that_takes_nothing_is_one_line_and_status_1(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "read-only").touch()
+    command = [sys.executable, "-c", "from planner.cli import entry; entry()", *arguments]
+    with open(tmp_path / "read-only") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stderr == "plan: standard output: Bad file descriptor\n"
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (closed.returncode, closed.stderr) == (done.returncode, done.stderr)
 
 
 def test_presets_are_listed() -> None:

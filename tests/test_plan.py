@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import documents
+from planner.cli.planning import show
 from planner.cluster import CollectiveCurve, compute_efficiency, load_cluster
 from planner.cluster import presets as cluster_presets
 from planner.errors import InputError
@@ -67,6 +69,15 @@ def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def runner_up(**changes: object) -> dict:
+    return {"decisions": documents.builtins(small()[1]) | changes, "step_seconds": 1.0, "peak_bytes": 1, "why_not": "slower"}
+
+
+def pipeline_rank(rank: int = 0) -> dict:
+    return {"pipeline_rank": rank, "stages": [rank], "num_in_flight": 1, "memory": documents.builtins(Memory.of(1, 2, 3)), "headroom_bytes": 4,
+            "forward_seconds": 1.0, "backward_seconds": 2.0}  # fmt: skip
+
+
 WRONG = [
     (lambda plan: plan.update(extra=1), "extra"),
     (lambda plan: plan.pop("decisions"), "decisions"),
@@ -85,6 +96,10 @@ WRONG = [
     (lambda plan: plan["inputs"]["model"].update(num_layers=5), "decisions.stages"),
     (lambda plan: plan["inputs"]["training"].update(precision="fp8"), "inputs.training.precision"),
     (lambda plan: plan["inputs"]["cluster"]["gpu"].update(memory_bytes=1), "inputs_hash"),
+    (lambda plan: plan["solver"].update(name="\ud800"), "solver.name"),
+    (lambda plan: plan["solver"].update(runners_up=[runner_up(data_parallel_replicate=0)]), "data_parallel_replicate"),
+    (lambda plan: plan["predictions"].update(pipeline_ranks=[pipeline_rank()]), "predictions.pipeline_ranks"),
+    (lambda plan: plan["predictions"].update(pipeline_ranks=[pipeline_rank(), pipeline_rank(1) | {"stages": [2]}]), "pipeline_ranks[1].stages"),
 ]
 
 
@@ -97,6 +112,13 @@ def test_a_damaged_plan_is_refused_by_the_name_of_its_field(damage, named: str, 
     with pytest.raises(InputError) as caught:
         load_plan(str(path))
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plan_without_predictions_by_rank_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(documents.dumps(whole(*small())))
+    done = CliRunner().invoke(show, [str(path)])
+    assert done.exception is None and "FITS" in done.output
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"schema": 1}', "\x00", "[" * 100_000])
@@ -267,9 +289,12 @@ def test_every_cluster_preset_keeps_the_rules() -> None:
         load_cluster(name)
 
 
-@pytest.mark.parametrize(("field", "value"), [("rope_theta", 0), ("rope_theta", -1), ("num_hidden_layers", 10**9), ("rms_norm_eps", -1.0)])
-def test_impossible_numbers_of_a_config_are_refused(field: str, value: float, tmp_path: Path) -> None:
-    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, field: value}
+@pytest.mark.parametrize(("field", "value"), [
+    ("rope_theta", 0), ("rope_theta", -1), ("num_hidden_layers", 10**9), ("rms_norm_eps", -1.0), ("model_type", ["llama"]), ("hidden_act", ["silu"]),
+    ("max_position_embeddings", "long"), ("_name_or_path", "\ud800"),
+])  # fmt: skip
+def test_impossible_values_of_a_config_are_refused(field: str, value: object, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100} | {field: value}
     assert {"num_hidden_layers": "num_layers", "rms_norm_eps": "norm_epsilon"}.get(field, field) in refused(
         lambda path: read_hf_config(Path(path)), tmp_path / "config.json", config
     )
@@ -291,6 +316,7 @@ def test_predictions_and_measurements_are_finite_and_no_time_is_negative(value: 
         "schema": "meshwright.run/1", "plan_hash": "", "rehearsed": False, "environment": {}, "steps": [], "ranks": [rank],
         "summary": {"step_seconds": 1.0, "bubble_fraction": 0.1, "peak_bytes": 6, "tokens_per_second": 1.0},
     }  # fmt: skip
+    assert "ranks" in refused(load_run, tmp_path / "run.json", run | {"ranks": []})
     for path in numbers(run):
         if path[-1] != "bubble_fraction" or value != -1.0:
             refused(load_run, tmp_path / "run.json", changed(run, path, value))

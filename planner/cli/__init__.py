@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
+import io
 import os
 import sys
 
@@ -68,7 +70,12 @@ def entry() -> None:
     """What the console script calls: turns every error that a user can cause into one line and an exit status."""
     atexit.register(gc.freeze)  # a process that ends need not look for cycles in all that it still holds
     try:
+        if sys.stdout is None:  # a file that is opened would take its number, and get what is printed
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         status = plan.main(standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         message = error.format_message().replace("\n", " ")
         click.echo(f"plan: {message}", err=True)
@@ -81,7 +88,10 @@ def entry() -> None:
         for repair in getattr(error, "repairs", ()):
             click.echo(f"  would fit: {repair}", err=True)
         sys.exit(error.exit_status)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"plan: {error.filename or 'standard output'}: {error.strerror}", err=True)
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written must not fail once more
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -90,9 +90,10 @@ def export(plan_file: str, target: str, output: str | None) -> int:
             click.echo(text, nl=False)
         return 0
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise InputError("--output", output, "a folder is expected")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--output", output, f"a folder that can be made is expected ({error.strerror})") from None
     for name, text in files.items():
         documents.write_text(folder / name, text)
         click.echo(f"wrote {folder / name}", err=True)

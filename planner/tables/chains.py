@@ -19,14 +19,14 @@ def plan_view(plan: ChainPlan, *, short: bool) -> list[Any]:
     """The answer first, then a row per pipeline rank, the reasons and the runners-up."""
     predictions, solver, cluster = plan.predictions, plan.solver, plan.inputs.cluster
     time, memory, ranks = predictions.time, predictions.memory, predictions.pipeline_ranks
-    worst = max(ranks, key=lambda rank: rank.memory.total_bytes)
+    worst = max(ranks, key=lambda rank: rank.memory.total_bytes, default=None)
     fits = all((rank.headroom_bytes or 0) >= 0 for rank in ranks)
     batch = plan.inputs.training.global_batch_size
-    where = f"pipeline rank {worst.pipeline_rank}" if len(ranks) > 1 else "every GPU"
+    where = f"pipeline rank {worst.pipeline_rank}" if worst and len(ranks) > 1 else "every GPU"
     lines = [
         f"{'FITS' if fits else 'DOES NOT FIT'}: {plan.inputs.model.name} on {cluster.num_gpus:,} x {cluster.gpu.name} ({degrees(plan.decisions)})",
         f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {size(cluster.gpu.memory_bytes)} "
-        f"({size(worst.headroom_bytes or 0)} to spare)",
+        f"({size((worst.headroom_bytes if worst else None) or 0)} to spare)",
         f"  step: {seconds(time.step_seconds)} (no interval: errors were measured for transformers only), bubble {percent(time.bubble_fraction)}, "
         f"MFU {percent(time.model_flops_utilization)}, {count(batch / (time.step_seconds or 1.0))} samples/s",
         solver_line(solver),

@@ -104,10 +104,10 @@ def degrees(decisions: Decisions) -> str:
 def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fits: bool | None, ranks: Sequence[PipelineRankPrediction]) -> str:
     """The answer first: does it fit, where is it tight, how fast is it."""
     capacity = inputs.cluster.gpu.memory_bytes
-    worst = max(ranks, key=lambda rank: rank.memory.total_bytes)
-    where = f"pipeline rank {worst.pipeline_rank}" if len(ranks) > 1 else "every GPU"
+    worst = max(ranks, key=lambda rank: rank.memory.total_bytes, default=None)
+    where = f"pipeline rank {worst.pipeline_rank}" if worst and len(ranks) > 1 else "every GPU"
     answer = "FITS" if fits else "DOES NOT FIT"
-    headroom = worst.headroom_bytes or 0
+    headroom = (worst.headroom_bytes if worst else None) or 0
     room = f"{size(headroom)} to spare" if headroom >= 0 else f"{size(-headroom)} too much"
     lines = [
         f"{answer}: {inputs.model.name} on {inputs.cluster.num_gpus:,} x {inputs.cluster.gpu.name} ({degrees(decisions)})",
