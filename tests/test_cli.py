@@ -50,6 +50,8 @@ WRONG = [
     (["estimate", "--model", "gpt2", "--gpus", "8", "--global-batch-size", "8", "-o", LONG], "--output"),
     (["validate", "--report", LONG], "File name too long"),
     (["demo", "-o", LONG], "--output"),
+    (["demo", "-o", ""], "--output"),
+    (["estimate", "--model", "gpt3", "-o", "never.html"], "--gpus"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--within-days", "1"], "--num-tokens"),
@@ -126,6 +128,44 @@ def test_solve_writes_a_plan_that_show_and_simulate_take(tmp_path: Path) -> None
     assert plan("show", path).returncode == 0
     simulated = json.loads(plan("simulate", path, "--trace", str(trace), "--json").stdout)
     assert len(simulated["pipeline_ranks"]) == 2 and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_no_output_replaces_an_input(tmp_path: Path) -> None:
+    file, link, hard, cluster = (tmp_path / name for name in ("plan.json", "link.json", "hard.json", "cluster.json"))
+    cluster.write_text(plan("clusters", "a100", "--json").stdout)
+    solve = ["solve", "--model", "tiny-gpt", "--cluster", f"{cluster}:2", "--global-batch-size", "4", "-o"]
+    assert plan(*solve, str(file)).returncode == 0
+    link.symlink_to(file)
+    hard.hardlink_to(file)
+    before = file.read_bytes(), cluster.read_bytes()
+    for arguments in (
+        ["run", str(file), "-o", str(file)],
+        ["run", f"--output={link}", str(file), "--steps", "1"],
+        ["dry-run", str(file), "-o", str(file)],
+        ["simulate", str(file), "--trace", f"{tmp_path}/../{tmp_path.name}/plan.json"],
+        ["report", str(file), "-o", str(link)],
+        ["report", str(link), "-o", str(hard)],
+        [*solve, str(cluster)],
+        ["calibrate", "--from", "run.json", "--plan", str(file), "-o", str(file)],
+        ["validate", "--rows", str(file), "--report", str(file)],
+    ):
+        done = plan(*arguments)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "would be lost" in done.stderr
+        assert (file.read_bytes(), cluster.read_bytes()) == before and len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_export_replaces_no_other_file(tmp_path: Path) -> None:
+    file, folder = tmp_path / "plan.json", tmp_path / "job"
+    solve = ["solve", "--model", "tiny-gpt", "--cluster", "a100:2", "--global-batch-size", "4", "-o", str(file)]
+    assert plan(*solve).returncode == 0
+    export = ["export", str(file), "--to", "torchrun", "-o"]
+    assert plan(*export, str(folder)).returncode == plan(*export, str(folder)).returncode == 0
+    (folder / "plan.json").write_text("mine")
+    (folder / "torchrun.sh").unlink()
+    for target, named in ((folder, "plan.json"), ("", "a path is expected"), (tmp_path / "no" / "such", "existing folder")):
+        done = plan(*export, str(target))
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and named in done.stderr
+    assert (folder / "plan.json").read_text() == "mine" and list(folder.iterdir()) == [folder / "plan.json"]
 
 
 def test_what_cannot_fit_has_status_3_and_repairs() -> None:

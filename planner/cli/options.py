@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -281,6 +282,13 @@ def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
     return Inputs(model=model, cluster=cluster_of(request), training=training_of(request, model, default_batch))
 
 
-def require_folder(output: str) -> None:
-    """Raises InputError before any work is done when the file could not be written at the end."""
-    check_file("--output", output)
+def check_output(output: str, inputs: Iterable[str | None] = (), option: str = "--output") -> None:
+    """Raises InputError before any work is done when the file could not be written at the end, or is one of the command's `inputs`.
+
+    An input is a file, a folder with a config.json, or FILE:NUM_GPUS; None and what is no file are passed over.
+    """
+    check_file(option, output)
+    for given in inputs:
+        for name in (given, given.partition(":")[0], os.path.join(given, "config.json")) if given else ():
+            if os.path.exists(output) and os.path.exists(name) and os.path.samefile(name, output):
+                raise InputError(option, output, f"another file is expected: it is the input {name}, which would be lost")

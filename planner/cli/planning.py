@@ -12,6 +12,7 @@ from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import (
     NUMBER,
     Request,
+    check_output,
     cluster_of,
     constraints_of,
     fixed_of,
@@ -20,7 +21,6 @@ from planner.cli.options import (
     model_of,
     request_of,
     request_options,
-    require_folder,
     solver_options,
     training_of,
 )
@@ -115,6 +115,8 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
         return estimate_traced(request, {"--gpus": gpus, "--explain": explain, "--output": output}, as_json)
     if gpus is not None:
         return _sweep(request, gpus, output, as_json)
+    if output is not None:
+        raise InputError("--output", output, "it is the page of a sweep, which --gpus asks for: --gpus 64,128,256")
     model = model_of(request)
     cluster = cluster_of(request)
     alone = request.cluster is not None and cluster.num_gpus == 1
@@ -204,7 +206,7 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
             raise InputError("--gpus", gpus, "numbers of GPUs are expected, such as 64,128,256")
         numbers.append(int(part))
     if output is not None:
-        require_folder(output)
+        check_output(output, (request.model, request.cluster))
     inputs = inputs_of(request)
     points: list[tuple[int, Plan | None, str]] = []
     for number in numbers:
@@ -260,7 +262,7 @@ def solve(output: str | None, within_days: float | None, within_gpu_hours: float
     request = request_of(options)
     constraints = dataclasses.replace(constraints, fixed=fixed_of(request))
     if output is not None:
-        require_folder(output)
+        check_output(output, (request.model, request.cluster))
     if is_reference(request.model):
         from planner.cli.chains import solve_traced
 
@@ -347,7 +349,7 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
 
     plan = load_any_plan(plan_file, "PLAN")
     if trace is not None:
-        require_folder(trace)
+        check_output(trace, (plan_file,), "--trace")
     timeline = predict_timeline(plan.inputs, plan.decisions)
     interval = None if isinstance(plan, ChainPlan) else step_interval(timeline.end)  # errors were measured for transformers only
     fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from planner import documents
 from planner.chain_plan import ChainPlan, load_any_plan
-from planner.cli.options import NUMBER, json_option, require_folder
+from planner.cli.options import NUMBER, check_output, json_option
 from planner.cli.planning import print_json
 from planner.errors import InputError, ToleranceError
 from planner.plan import load_plan
@@ -30,7 +31,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
 
     plan, run = load_any_plan(plan_file, "PLAN"), load_run(run_file, "RUN")
     if output is not None:
-        require_folder(output)
+        check_output(output, (plan_file, run_file, dry_run_file))
     dry_run = load_dry_run(dry_run_file) if dry_run_file is not None else None
     document = compare(plan, run, dry_run, tolerance, load_actions(run_file, run))
     if output is not None:
@@ -54,7 +55,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
 def report(plan_file: str, run_file: str | None, dry_run_file: str | None, output: str) -> int:
     """One self-contained Plotly page: memory against capacity, the pipeline predicted and measured, losses."""
     plan = load_any_plan(plan_file, "PLAN")
-    require_folder(output)
+    check_output(output, (plan_file, run_file, dry_run_file))
     write_report(plan_file, run_file, dry_run_file, output, plan)
     click.echo(f"wrote {output}", err=True)
     return 0
@@ -76,7 +77,7 @@ def write_report(plan_file: str, run_file: str | None, dry_run_file: str | None,
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @click.option("--to", "target", required=True, help="megatron, torchtitan, deepspeed, nanotron, accelerate, torchrun, slurm or kubernetes.")
-@click.option("-o", "--output", type=click.Path(), help="A folder for the files. Default: print them.")
+@click.option("-o", "--output", type=click.Path(), help="A folder for the files; no other file there is replaced. Default: print them.")
 def export(plan_file: str, target: str, output: str | None) -> int:
     """The plan as another framework's configuration."""
     from planner.export import export
@@ -89,15 +90,35 @@ def export(plan_file: str, target: str, output: str | None) -> int:
                 click.echo(f"==> {name} <==")
             click.echo(text, nl=False)
         return 0
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("--output", output, f"a folder that can be made is expected ({error.strerror})") from None
+    folder = _export_folder(output, files)
     for name, text in files.items():
         documents.write_text(folder / name, text)
         click.echo(f"wrote {folder / name}", err=True)
     return 0
+
+
+def _export_folder(output: str, files: dict[str, str]) -> Path:
+    """The folder for the files, made if it is missing. Raises InputError before anything is written where that is not possible, or a
+    file of another content is there already."""
+    documents.check_name(output)
+    folder = Path(output)
+    if not os.path.isdir(folder.absolute().parent):
+        raise InputError("--output", output, "a folder in an existing folder is expected")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError("--output", output, f"a folder that can be made is expected ({error.strerror})") from None
+    for name, text in files.items():
+        if os.path.lexists(folder / name) and not _holds(folder / name, text):
+            raise InputError("--output", output, f"another folder is expected: {name} is there already, with another content")
+    return folder
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 @click.command()
@@ -110,12 +131,12 @@ def validate(rows: str | None, report_file: str | None, as_json: bool) -> int:
     from planner.tables import results, text
 
     if report_file is not None:
-        require_folder(report_file)
+        check_output(report_file, (rows,), "--report")
     document = validate(load_rows(rows))
     if report_file is not None:
         from planner.report import validation_report
 
-        documents.write_text(report_file, validation_report(document))
+        documents.write_text(report_file, validation_report(document), "--report")
         click.echo(f"wrote {report_file}", err=True)
     if as_json:
         print_json(document)

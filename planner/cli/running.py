@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from planner.cli.options import POSITIVE, json_option, require_folder
+from planner.cli.options import POSITIVE, check_output, json_option
 from planner.errors import InputError, MeshwrightError
 from planner.lifeline import child_environment, exit_on_signals
 from planner.places import check_folder
@@ -73,7 +74,20 @@ def _arguments(**options: Any) -> list[str]:
 def run(arguments: tuple[str, ...]) -> int:
     """Starts torchrun with the right arguments, and trains by the plan."""
     need_executor()
+    _check_run_output(arguments)
     return start(["-m", "executor.start", *arguments])
+
+
+def _check_run_output(arguments: Sequence[str]) -> None:
+    """Raises InputError when a run's output is one of its inputs. All else about the arguments is the executor's to say."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-o", "--output")
+    try:
+        found, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return
+    if found.output is not None:
+        check_output(found.output, [text.removeprefix("--data=") for text in others])
 
 
 @click.command("dry-run")
@@ -91,7 +105,7 @@ def dry_run(plan_file: str, rank: int | None, device: str | None, output: str | 
     if rank is not None and rank >= plan.decisions.world_size:
         raise InputError("--rank", rank, f"a rank below the world size {plan.decisions.world_size} is expected")
     if output is not None:
-        require_folder(output)
+        check_output(output, (plan_file,))
     with tempfile.TemporaryDirectory() as folder:
         target = output or str(Path(folder) / "dry_run.json")
         status = start(["-m", "executor.dry_run", plan_file, *_arguments(rank=rank, device=device, output=target)])
@@ -123,7 +137,7 @@ def _show_dry_run(plan_file: str, path: str, as_json: bool) -> int:
 def calibrate(output: str, num_gpus: int | None, rounds: int | None, run_file: str | None, plan_file: str | None) -> int:
     """Measures this machine (matmul, memory, collectives, point to point) and writes a cluster file."""
     need_executor()
-    require_folder(output)
+    check_output(output, (run_file, plan_file))
     return start(["-m", "executor.calibrate", *_arguments(output=output, num_gpus=num_gpus, rounds=rounds, **{"from": run_file}, plan=plan_file)])
 
 
@@ -208,7 +222,7 @@ def paradigms(
     from planner.tables import results, text
 
     if output is not None:
-        require_folder(output)
+        check_output(output, (model, cluster))
     if really:
         need_executor()
     spec = load_model(model)
