@@ -250,7 +250,7 @@ def load_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
             raise InputError(where, text, f"{hint}`plan clusters` lists the presets; PRESET:NUM_GPUS or a cluster file works")
         cluster = presets()[key]
     if ":" in text:
-        if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
+        if not count.isdecimal() or not 1 <= int(count) <= MOST_GPUS:
             raise InputError(where, text, f"the number of GPUs after the colon must be a positive integer, at most {MOST_GPUS:,}")
         cluster = with_num_gpus(cluster, int(count))
     return validate(cluster, where)

@@ -30,8 +30,6 @@ def _traced(request: Request) -> TracedModel:
 
 
 def _training(request: Request, batch: int) -> Training:
-    if not 0 < request.memory_fraction <= 1:
-        raise InputError("--memory-fraction", request.memory_fraction, "a fraction above 0 and at most 1 is expected")
     return Training(
         global_batch_size=batch,
         sequence_length=request.sequence_length or 1,

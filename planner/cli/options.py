@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,10 @@ class Request:
         )
 
 
+MOST = 10**9
+"""The largest integer that an option takes."""
+
+
 class _Positive(click.ParamType[int]):
     name = "N"
 
@@ -79,8 +84,8 @@ class _Positive(click.ParamType[int]):
             number = int(value)
         except (TypeError, ValueError):
             number = 0
-        if not 1 <= number <= 10**9:
-            raise InputError(param.opts[0] if param else "option", value, "a positive integer is expected")
+        if not 1 <= number <= MOST:
+            raise InputError(param.opts[0] if param else "option", value, f"a positive integer is expected, at most {MOST:,}")
         return number
 
 
@@ -96,22 +101,26 @@ class _Choice(click.Choice[str]):
 
 
 class Number(click.ParamType[float]):
-    """A positive number, as a plain or scientific figure (`300e9`)."""
+    """A number, as a plain or scientific figure (`300e9`): positive, or what `allows` says."""
 
     name = "NUMBER"
+
+    def __init__(self, allows: Callable[[float], bool] = lambda number: 0 < number < 1e30, allowed: str = "a positive number below 1e30") -> None:
+        self.allows, self.allowed = allows, allowed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            number = -1.0
-        if not 0 < number < 1e30:
-            raise InputError(param.opts[0] if param else "option", value, "a positive number is expected")
+            number = math.nan
+        if not self.allows(number):
+            raise InputError(param.opts[0] if param else "option", value, f"{self.allowed} is expected")
         return number
 
 
 POSITIVE = _Positive()
 NUMBER = Number()
+FRACTION = Number(lambda number: 0 < number <= 1, "a fraction above 0 and at most 1")
 
 
 def choice(values: tuple[str, ...]) -> click.ParamType[str]:
@@ -133,7 +142,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--attention", type=choice(ATTENTIONS), help="fused: scores are never stored (default); unfused: they are, which megatron's formula assumes."
     ),
-    click.option("--memory-fraction", type=NUMBER, default=1.0, show_default=True, help="Of a GPU's memory that may be used."),
+    click.option("--memory-fraction", type=FRACTION, default=1.0, show_default=True, help="Of a GPU's memory that may be used."),
     click.option("--tensor-parallel", "--tp", "tensor_parallel", type=POSITIVE),
     click.option("--pipeline-parallel", "--pp", "pipeline_parallel", type=POSITIVE),
     click.option("--data-parallel", "--dp", "data_parallel", type=POSITIVE),
@@ -159,7 +168,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _SOLVER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--time-limit", type=NUMBER, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap."),
     click.option(
-        "--gap", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True, help="Enough after 8 CPU-seconds; 0: prove it."
+        "--gap", type=Number(lambda number: 0 <= number < 1, "a fraction from 0 to below 1"), default=0.01, show_default=True,
+        help="Enough after 8 CPU-seconds; 0: prove it.",
     ),
     click.option("--forbid", multiple=True, metavar="DECISION=VALUE", help="A value that a decision must not take: schedule=GPipe. Repeatable."),
     click.option("--rank-order", metavar="AXES", help="Mesh axes from the fastest varying: tp-dp-pp."),
@@ -208,7 +218,7 @@ def _decision_value(name: str, text: str) -> object:
         return text == "true"
     if name == "rank_order" and sorted(text.split("-")) == ["dp", "pp", "tp"]:
         return tuple(text.split("-"))
-    if name not in ("schedule", "recompute", "sequence_parallel", "rank_order") and text.isdigit():
+    if name not in ("schedule", "recompute", "sequence_parallel", "rank_order") and text.isdecimal():
         return int(text)
     raise InputError("--forbid", f"{name}={text}", f"a value that {name} can take is expected")
 
@@ -258,8 +268,6 @@ def fixed_of(request: Request) -> Fixed:
 
 def training_of(request: Request, model: ModelSpec, default_batch: int | None) -> Training:
     """The training inputs; `default_batch` stands in where no global batch size was given, and None demands one."""
-    if not 0 < request.memory_fraction <= 1:
-        raise InputError("--memory-fraction", request.memory_fraction, "a fraction above 0 and at most 1 is expected")
     batch = request.global_batch_size or default_batch
     if batch is None:
         raise InputError("--global-batch-size", None, "it is required here: the samples of one optimizer step")

@@ -202,8 +202,8 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
 
     numbers = []
     for part in gpus.split(","):
-        if not part.strip().isdigit() or not 1 <= int(part) <= 10**6:
-            raise InputError("--gpus", gpus, "numbers of GPUs are expected, such as 64,128,256")
+        if not part.strip().isdecimal() or not 1 <= int(part) <= 10**6:
+            raise InputError("--gpus", gpus, "numbers of GPUs are expected, each at most 1,000,000, such as 64,128,256")
         numbers.append(int(part))
     if output is not None:
         check_output(output, (request.model, request.cluster))
