@@ -13,7 +13,7 @@ import msgspec
 
 from planner.documents import Document, convert, load
 from planner.errors import InputError
-from planner.values import AT_LEAST_ONE, COUNT, FRACTION, POSITIVE, check_values, count_up_to
+from planner.values import AT_LEAST_ONE, COUNT, FRACTION, POSITIVE, check_values, count_up_to, whole_number
 
 SCHEMA = "meshwright.cluster/1"
 Device = Literal["cuda", "cpu", "other"]
@@ -250,9 +250,10 @@ def load_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
             raise InputError(where, text, f"{hint}`plan clusters` lists the presets; PRESET:NUM_GPUS or a cluster file works")
         cluster = presets()[key]
     if ":" in text:
-        if not count.isdecimal() or not 1 <= int(count) <= MOST_GPUS:
+        number = whole_number(count)
+        if number is None or not 1 <= number <= MOST_GPUS:
             raise InputError(where, text, f"the number of GPUs after the colon must be a positive integer, at most {MOST_GPUS:,}")
-        cluster = with_num_gpus(cluster, int(count))
+        cluster = with_num_gpus(cluster, number)
     return validate(cluster, where)
 
 

@@ -54,6 +54,11 @@ def check_texts(value: Any, where: str) -> None:
             raise InputError(f"{where}: {at}", text, "whole characters are expected, not half of a surrogate pair")
 
 
+def whole_number(text: str) -> int | None:
+    """The number that decimal digits say; None for any other text, and for more digits than any number here has."""
+    return int(text) if text.isdecimal() and len(text) <= 30 else None
+
+
 def _leaves(value: Any, path: str, rule: Rule) -> Iterator[tuple[str, str | int | float, Rule]]:
     """Every number and text in `value` with its path and its rule."""
     if isinstance(value, str | int | float):

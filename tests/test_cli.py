@@ -58,6 +58,7 @@ WRONG = [
     (["estimate", "--model", "gpt2", "--global-batch-size", "9" * 23], "at most 1,000,000,000"),
     (["estimate", "--model", "gpt2", "--cluster", f"a100:{'9' * 21}"], "at most 10,000,000"),
     (["estimate", "--model", "gpt2", "--cluster", "a100:²"], "--cluster"),
+    (["estimate", "--model", "gpt2", "--gpus", "9" * 5000, "--global-batch-size", "8"], "at most 1,000,000"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--within-days", "1"], "--num-tokens"),

@@ -17,6 +17,7 @@ from planner.model import ModelSpec, load_model
 from planner.places import check_file
 from planner.plan import ATTENTIONS, RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
 from planner.software import load_software
+from planner.values import whole_number
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
@@ -218,8 +219,8 @@ def _decision_value(name: str, text: str) -> object:
         return text == "true"
     if name == "rank_order" and sorted(text.split("-")) == ["dp", "pp", "tp"]:
         return tuple(text.split("-"))
-    if name not in ("schedule", "recompute", "sequence_parallel", "rank_order") and text.isdecimal():
-        return int(text)
+    if name not in ("schedule", "recompute", "sequence_parallel", "rank_order") and (number := whole_number(text)) is not None:
+        return number
     raise InputError("--forbid", f"{name}={text}", f"a value that {name} can take is expected")
 
 

@@ -27,6 +27,7 @@ from planner.cli.options import (
 from planner.errors import InputError
 from planner.plan import Inputs, Plan, replace
 from planner.traced import is_reference
+from planner.values import whole_number
 
 if TYPE_CHECKING:
     from planner.candidates import Constraints
@@ -202,9 +203,10 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
 
     numbers = []
     for part in gpus.split(","):
-        if not part.strip().isdecimal() or not 1 <= int(part) <= 10**6:
+        number = whole_number(part.strip())
+        if number is None or not 1 <= number <= 10**6:
             raise InputError("--gpus", gpus, "numbers of GPUs are expected, each at most 1,000,000, such as 64,128,256")
-        numbers.append(int(part))
+        numbers.append(number)
     if output is not None:
         check_output(output, (request.model, request.cluster))
     inputs = inputs_of(request)
