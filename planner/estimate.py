@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from planner import graph
 from planner.chain_plan import ChainInputs
@@ -83,6 +83,15 @@ def capacity_bytes(inputs: Inputs | ChainInputs) -> int:
     """Bytes that a plan may use on each GPU."""
     gpu = inputs.cluster.gpu
     return int(gpu.memory_bytes * inputs.training.memory_fraction) - gpu.reserved_bytes
+
+
+def capacity_words(inputs: Inputs | ChainInputs, show: Callable[[float], str]) -> str:
+    """`capacity_bytes` in a sentence, and what of the GPU's memory is not in it, in figures that add up; `show` writes bytes."""
+    gpu, fraction = inputs.cluster.gpu, inputs.training.memory_fraction
+    kept = gpu.memory_bytes - gpu.reserved_bytes - capacity_bytes(inputs)
+    less = [f"{show(gpu.reserved_bytes)} reserved"] if gpu.reserved_bytes else []
+    less += [f"{show(kept)} kept free by a memory fraction of {fraction:g}"] if kept else []
+    return f"{show(capacity_bytes(inputs))} that can be used" + (f" ({show(gpu.memory_bytes)} less {' and '.join(less)})" if less else "")
 
 
 def predict(inputs: Inputs, decisions: Decisions) -> Predictions:
@@ -183,7 +192,7 @@ def memory_wall(model: ModelSpec, cluster: ClusterSpec, training: Training, num_
     )
 
 
-def warnings(inputs: Inputs, predictions: Predictions) -> tuple[str, ...]:
+def warnings(inputs: Inputs | ChainInputs, predictions: Predictions) -> tuple[str, ...]:
     """What is implausible or risky about the predictions, in words."""
     found = []
     mfu = predictions.time.model_flops_utilization

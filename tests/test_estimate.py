@@ -3,11 +3,13 @@ import pytest
 from planner.cluster import load_cluster
 from planner.defaults import Fixed, complete, repairs, shortage
 from planner.errors import InputError
-from planner.estimate import fits, memory_wall, offload_rows, predict
+from planner.estimate import capacity_bytes, fits, memory_wall, offload_rows, predict
 from planner.memory import in_flight, layer_bytes, predict_memory
 from planner.model import load_model, presets
-from planner.plan import Decisions, Inputs, Training, even_stages, stage_blocks
+from planner.plan import Decisions, Inputs, Training, even_stages, replace, stage_blocks
 from planner.states import local_parameters, state_bytes
+from planner.tables.plans import memory_line
+from planner.tables.text import size
 
 GB = 1e9
 GIB = 2**30
@@ -177,3 +179,15 @@ def test_tensor_parallel_ranks_hold_all_parameters_together() -> None:
         for tp in (2, 4):
             if model.num_attention_heads % tp == 0:
                 assert local_parameters(model, "block", tp) * tp >= model.block_parameters
+
+
+def test_the_figures_of_the_memory_line_add_up() -> None:
+    done = asked("llama-7b", "a100-80gb:8", tensor_parallel=8)
+    for fraction, reserved, less in ((1.0, 2**30, " less 1.00 GiB reserved"), (0.5, 2**30, "reserved and 39.60 GiB kept free"), (1.0, 0, "")):
+        gpu = replace(done.inputs.cluster.gpu, reserved_bytes=reserved)
+        inputs = replace(done.inputs, training=replace(done.inputs.training, memory_fraction=fraction), cluster=replace(done.inputs.cluster, gpu=gpu))
+        predictions = predict(inputs, done.decisions)
+        line, need = memory_line(inputs, predictions.memory, predictions.pipeline_ranks), predictions.memory.total_bytes
+        usable = 85040352460 * fraction - reserved
+        assert f"{size(need)} at its peak on every GPU, of {size(usable)} that can be used" in line and capacity_bytes(inputs) == usable
+        assert line.endswith(f": {size(usable - need)} to spare") and less in line and ("less" in line) == bool(less)

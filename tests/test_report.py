@@ -207,6 +207,14 @@ def test_an_empty_name_of_a_run_is_refused(plan, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_tight_plan_is_called_risky(plan):
+    peak = plan.predictions.memory.total_bytes
+    cluster = replace(plan.inputs.cluster, gpu=replace(plan.inputs.cluster.gpu, memory_bytes=round(peak / 0.98)))
+    tight = replace(plan, inputs=replace(plan.inputs, cluster=cluster))
+    assert "Risky: the heaviest GPU uses 98.0% of its memory" in Page(report(tight)).words
+    assert "Risky" not in Page(report(plan)).words
+
+
 def test_run_of_another_plan_is_refused(plan):
     run, _ = make_run(make_plan("tiny-gpt", tp=2, pp=2, dp=2, m=4))
     with pytest.raises(InputError, match="run: plan_hash"):

@@ -9,7 +9,7 @@ from planner.chain_plan import ChainPlan, recomputed
 from planner.cluster import in_precision
 from planner.compare import Comparison, Row
 from planner.either import AnyPlan
-from planner.estimate import capacity_bytes, fits
+from planner.estimate import capacity_bytes, capacity_words, fits, warnings
 from planner.plan import Decisions, Plan, Stage, has_embedding, has_head, recompute_counts, stage_blocks
 from planner.report import figures
 from planner.report.figures import Lane, MemoryBar
@@ -102,11 +102,12 @@ def verdict(plan: AnyPlan, run: Run | None) -> Section:
     if fits(predictions):
         share = (capacity - need) / capacity if capacity else 0.0
         texts = [
-            f"It fits: the heaviest GPU{f', on pipeline rank {heaviest.pipeline_rank},' if heaviest else ''} needs {show_bytes(need)} of the"
-            f" {show_bytes(capacity)} that it may use ({'over 99%' if share > 0.99 else f'{share:.0%}'} free)."
+            f"It fits: the heaviest GPU{f', on pipeline rank {heaviest.pipeline_rank},' if heaviest else ''} needs {show_bytes(need)} of"
+            f" {capacity_words(plan.inputs, show_bytes)}; {'over 99%' if share > 0.99 else f'{share:.0%}'} is free."
         ]
     else:
-        texts = [f"It does not fit: the heaviest GPU needs {show_bytes(need)}, {show_bytes(need - capacity)} more than it may use."]
+        over, usable = show_bytes(need - capacity), capacity_words(plan.inputs, show_bytes)
+        texts = [f"It does not fit: the heaviest GPU needs {show_bytes(need)}, {over} more than the {usable}."]
     time = predictions.time
     if time.step_seconds is not None:
         texts.append(
@@ -121,6 +122,7 @@ def verdict(plan: AnyPlan, run: Run | None) -> Section:
             f"It {verb} on {ranks} ranks for {len(run.steps)} steps: {show_seconds(measured.step_seconds)} a step,"
             f" a bubble of {percent(measured.bubble_fraction)}{memory}."
         )
+    texts += [f"{warning[0].upper()}{warning[1:]}." for warning in warnings(plan.inputs, predictions)]
     kind = "verdict bad" if not fits(predictions) else "verdict note" if run is not None and run.rehearsed else "verdict"
     return Section("", body=paragraphs(texts), kind=kind)
 

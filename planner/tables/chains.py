@@ -9,8 +9,9 @@ from rich.table import Table
 
 from planner.chain_estimate import ChainEstimate
 from planner.chain_plan import ChainPlan, recomputed
+from planner.estimate import warnings
 from planner.plan import Stage
-from planner.tables.plans import degrees, solver_line
+from planner.tables.plans import degrees, memory_line, solver_line
 from planner.tables.text import GIB, count, gib, notes, percent, seconds, size, table
 from planner.traced import TracedModel, at
 
@@ -19,14 +20,11 @@ def plan_view(plan: ChainPlan, *, short: bool) -> list[Any]:
     """The answer first, then a row per pipeline rank, the reasons and the runners-up."""
     predictions, solver, cluster = plan.predictions, plan.solver, plan.inputs.cluster
     time, memory, ranks = predictions.time, predictions.memory, predictions.pipeline_ranks
-    worst = max(ranks, key=lambda rank: rank.memory.total_bytes, default=None)
     fits = all((rank.headroom_bytes or 0) >= 0 for rank in ranks)
     batch = plan.inputs.training.global_batch_size
-    where = f"pipeline rank {worst.pipeline_rank}" if worst and len(ranks) > 1 else "every GPU"
     lines = [
         f"{'FITS' if fits else 'DOES NOT FIT'}: {plan.inputs.model.name} on {cluster.num_gpus:,} x {cluster.gpu.name} ({degrees(plan.decisions)})",
-        f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {size(cluster.gpu.memory_bytes)} "
-        f"({size((worst.headroom_bytes if worst else None) or 0)} to spare)",
+        memory_line(plan.inputs, memory, ranks),
         f"  step: {seconds(time.step_seconds)} (no interval: errors were measured for transformers only), bubble {percent(time.bubble_fraction)}, "
         f"MFU {percent(time.model_flops_utilization)}, {count(batch / (time.step_seconds or 1.0))} samples/s",
         solver_line(solver),
@@ -34,6 +32,7 @@ def plan_view(plan: ChainPlan, *, short: bool) -> list[Any]:
     parts: list[Any] = ["\n".join(lines), "", _stage_table(plan)]
     if solver.reasons:
         parts.append(notes("Why this plan", solver.reasons))
+    parts += [notes("Warnings", found) for found in [warnings(plan.inputs, predictions)] if found]
     if solver.runners_up and not short:
         rows = [(degrees(other.decisions), seconds(other.step_seconds), gib(other.peak_bytes), other.why_not) for other in solver.runners_up]
         parts += ["", table("Runners-up", ("plan", "step", "peak GiB", "why it lost"), rows)]

@@ -8,8 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from planner.accuracy import step_interval
+from planner.chain_plan import ChainInputs
 from planner.cluster import ClusterSpec
-from planner.estimate import Estimate, warnings
+from planner.estimate import Estimate, capacity_bytes, capacity_words, warnings
 from planner.explain import Term
 from planner.model import ModelSpec
 from planner.plan import (
@@ -103,15 +104,10 @@ def degrees(decisions: Decisions) -> str:
 
 def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fits: bool | None, ranks: Sequence[PipelineRankPrediction]) -> str:
     """The answer first: does it fit, where is it tight, how fast is it."""
-    capacity = inputs.cluster.gpu.memory_bytes
-    worst = max(ranks, key=lambda rank: rank.memory.total_bytes, default=None)
-    where = f"pipeline rank {worst.pipeline_rank}" if worst and len(ranks) > 1 else "every GPU"
     answer = "FITS" if fits else "DOES NOT FIT"
-    headroom = (worst.headroom_bytes if worst else None) or 0
-    room = f"{size(headroom)} to spare" if headroom >= 0 else f"{size(-headroom)} too much"
     lines = [
         f"{answer}: {inputs.model.name} on {inputs.cluster.num_gpus:,} x {inputs.cluster.gpu.name} ({degrees(decisions)})",
-        f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {size(capacity)} ({room})",
+        memory_line(inputs, memory, ranks),
     ]
     lines.append(
         f"  step: {seconds(time.step_seconds)}{in_brackets(time.step_seconds_interval)}, bubble {percent(time.bubble_fraction)}, "
@@ -119,6 +115,15 @@ def verdict(inputs: Inputs, decisions: Decisions, memory: Memory, time: Time, fi
     )
     lines.append(training_line(time))
     return "\n".join(line for line in lines if line)
+
+
+def memory_line(inputs: Inputs | ChainInputs, memory: Memory, ranks: Sequence[PipelineRankPrediction]) -> str:
+    """The peak of the heaviest GPU, where it is, and what is left of the memory that can be used."""
+    worst = max(ranks, key=lambda rank: rank.memory.total_bytes, default=None)
+    where = f"pipeline rank {worst.pipeline_rank}" if worst and len(ranks) > 1 else "every GPU"
+    room = capacity_bytes(inputs) - memory.total_bytes
+    left = f"{size(room)} to spare" if room >= 0 else f"{size(-room)} too much"
+    return f"  memory: {size(memory.total_bytes)} at its peak on {where}, of {capacity_words(inputs, size)}: {left}"
 
 
 def in_brackets(interval: tuple[float, float] | None) -> str:
