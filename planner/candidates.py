@@ -82,9 +82,15 @@ def divisors(number: int) -> list[int]:
 
 def all_degrees(inputs: Inputs, constraints: Constraints) -> list[Degrees]:
     """Every division that the rules and the constraints allow. Raises InputError when there is none."""
-    model, gpus, batch = inputs.model, inputs.cluster.num_gpus, inputs.training.global_batch_size
     check_constraints(inputs, constraints)
-    found = []
+    found = list(_degrees(inputs, constraints))
+    if not found:
+        raise conflict(inputs, constraints)
+    return found
+
+
+def _degrees(inputs: Inputs, constraints: Constraints) -> Iterator[Degrees]:
+    model, gpus, batch = inputs.model, inputs.cluster.num_gpus, inputs.training.global_batch_size
     for tp in divisors(gpus):
         if not constraints.allows("tensor_parallel", tp) or not _splits(inputs, tp):
             continue
@@ -96,15 +102,64 @@ def all_degrees(inputs: Inputs, constraints: Constraints) -> list[Degrees]:
                 continue
             for micro in divisors(batch // dp):
                 if constraints.allows("micro_batch_size", micro):
-                    found.append(Degrees(tp, pp, dp, micro, batch // dp // micro))
-    if not found:
-        raise InputError(
-            "--global-batch-size",
-            batch,
-            f"no division of {gpus} GPUs into tensor x pipeline x data parallel fits {model.name}, the batch and the degrees given; "
-            f"the data-parallel degree must divide the batch, and pipeline parallel is at most {model.num_layers + 2}",
+                    yield Degrees(tp, pp, dp, micro, batch // dp // micro)
+
+
+def is_possible(inputs: Inputs, constraints: Constraints) -> bool:
+    """Whether any plan keeps the constraints, memory aside."""
+    try:
+        check_constraints(inputs, constraints)
+    except InputError:
+        return False
+    return bool(recompute_levels(constraints)) and any(
+        sequence_parallel_choices(inputs, degrees, constraints)
+        and any(schedules(inputs, degrees, constraints))
+        and any(shardings(inputs, degrees, order, constraints) for order in rank_orders(degrees, constraints))
+        for degrees in _degrees(inputs, constraints)
+    )
+
+
+def conflict(inputs: Inputs, constraints: Constraints) -> InputError:
+    """The error that names the constraints which no plan keeps together: a least set of them, so that freeing any one helps."""
+    given = [(name, value) for name, value in dataclasses.asdict(constraints.fixed).items() if value is not None]
+    given += [("rank_order", constraints.rank_order)] if constraints.rank_order else []
+    asked: list[tuple[str, Any]] = [*given, *(("forbid", pair) for pair in constraints.forbidden)]
+    needed = list(asked)
+    for item in asked:
+        fewer = [other for other in needed if other is not item]
+        if not is_possible(inputs, _only(constraints, fewer)):
+            needed = fewer
+    if not needed:
+        model, gpus = inputs.model, inputs.cluster.num_gpus
+        allowed = (
+            f"no division of {gpus} GPUs into tensor x pipeline x data parallel fits {model.name} and the batch; "
+            f"the data-parallel degree must divide the batch, and pipeline parallel is at most {model.num_layers + 2}"
         )
-    return found
+        return InputError("--global-batch-size", inputs.training.global_batch_size, allowed)
+    (option, value), *others = [_said(name, value) for name, value in needed]
+    words = " and ".join(f"{other} {words}".rstrip() for other, words in others)
+    also = f" together with {words}; change one of them" if others else ""
+    where = f"on {inputs.cluster.num_gpus} GPUs with a global batch of {inputs.training.global_batch_size} no plan"
+    return InputError(option, value, f"{where} of {inputs.model.name} has it{also}")
+
+
+def _only(constraints: Constraints, kept: list[tuple[str, Any]]) -> Constraints:
+    """The constraints with nothing fixed or forbidden but what is `kept`."""
+    fixed = {name: value for name, value in kept if name not in ("rank_order", "forbid")}
+    order = next((value for name, value in kept if name == "rank_order"), None)
+    forbidden = tuple(value for name, value in kept if name == "forbid")
+    return dataclasses.replace(constraints, fixed=Fixed(**fixed), rank_order=order, forbidden=forbidden)
+
+
+def _said(name: str, value: Any) -> tuple[str, object]:
+    """The option that makes a constraint, and its value."""
+    if name == "forbid":
+        decision, refused = value
+        text = "-".join(refused) if isinstance(refused, tuple) else str(refused)
+        return "--forbid", f"{decision}={text.lower() if isinstance(refused, bool) else text}"
+    if name == "sequence_parallel":
+        return "--sequence-parallel" if value else "--no-sequence-parallel", ""
+    return f"--{name.replace('_', '-')}", "-".join(value) if name == "rank_order" else value
 
 
 def check_constraints(inputs: Inputs, constraints: Constraints) -> None:

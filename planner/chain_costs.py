@@ -16,6 +16,7 @@ from planner.chain_plan import ChainInputs, chain_stage, recomputed
 from planner.cluster import ClusterSpec, in_precision
 from planner.contention import Demand, placement, shared_walk, shares_cores
 from planner.critical_path import RECEIVE, Key, graph
+from planner.estimate import capacity_bytes
 from planner.kernels import ELEMENT_BYTES, core_share, elementwise_seconds, peak_flops_per_second, pipeline_factor, slowest_node_factor
 from planner.moments import memory_moments
 from planner.network import (
@@ -87,8 +88,7 @@ class ChainCosts:
     @property
     def capacity(self) -> int:
         """Bytes that a plan may use on each GPU."""
-        gpu = self.inputs.cluster.gpu
-        return int(gpu.memory_bytes * self.inputs.training.memory_fraction) - gpu.reserved_bytes
+        return capacity_bytes(self.inputs)
 
     def cost(self, layer: int) -> LayerCost:
         return self.model.cost(layer)

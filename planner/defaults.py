@@ -58,8 +58,11 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
     check_tensor_parallel(model, tp, "--tensor-parallel")
     dp = fixed.data_parallel or max(cluster.num_gpus // (tp * pp), 1)
     if dp * tp * pp != cluster.num_gpus:
-        product = f"data x tensor x pipeline parallel = {dp} x {tp} x {pp} = {dp * tp * pp}"
-        raise InputError("--data-parallel", dp, f"{product} must be the {cluster.num_gpus} GPUs of the cluster")
+        if fixed.data_parallel:
+            product = f"data x tensor x pipeline parallel = {dp} x {tp} x {pp} = {dp * tp * pp}"
+            raise InputError("--data-parallel", dp, f"{product} must be the {cluster.num_gpus} GPUs of the cluster")
+        option, degree = ("--pipeline-parallel", pp) if fixed.pipeline_parallel else ("--tensor-parallel", tp)
+        raise InputError(option, degree, f"tensor x pipeline parallel = {tp} x {pp} must divide the {cluster.num_gpus} GPUs of the cluster")
     virtual = fixed.num_virtual_stages or (2 if fixed.schedule in INTERLEAVED_SCHEDULES else 1)
     schedule = fixed.schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     micro = fixed.micro_batch_size or 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from planner.errors import InputError
 from planner.values import Rule, check_texts, check_values
@@ -89,6 +90,8 @@ def convert(value: Any, document: type[T], where: str, schema: str | None = None
             allowed = "no such field exists" if unknown else "this field is required"
             found = parent.get(name) if isinstance(parent, dict) else None
             raise InputError(f"{where}: {path}", found, allowed) from None
+        if reason.startswith("Invalid enum value"):
+            reason = f"one of {', '.join(map(str, _choices(msgspec.inspect.type_info(document), path)))} is expected"
         raise InputError(f"{where}: {path or 'document'}", _at(value, path), reason) from None
     check_values(result, where)
     return result
@@ -147,6 +150,20 @@ def _permissions(target: Path) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def _choices(kind: msgspec.inspect.Type, path: str) -> list[object]:
+    """The values of the literal at msgspec's error path in a type; with several kinds of value there, those of all."""
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return [choice for one in kind.types for choice in _choices(one, path)]
+    if isinstance(kind, msgspec.inspect.LiteralType):
+        return list(kind.values)
+    if isinstance(kind, msgspec.inspect.VarTupleType):
+        return _choices(kind.item_type, path.partition("]")[2].removeprefix("."))
+    if isinstance(kind, msgspec.inspect.StructType):
+        name, rest = re.match(r"([^.\[]*)\.?(.*)", path).groups()  # type: ignore[union-attr]
+        return [choice for field in kind.fields if field.name == name for choice in _choices(field.type, rest)]
+    return []
 
 
 def _at(value: Any, path: str) -> Any:

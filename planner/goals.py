@@ -27,8 +27,20 @@ def gpu_counts(inputs: Inputs) -> list[int]:
     return sorted(found)
 
 
-def fewest_gpus(inputs: Inputs, constraints: Constraints, step_seconds: float) -> Plan:
-    """The plan on the fewest GPUs of the cluster whose step takes at most `step_seconds`.
+def num_steps(inputs: Inputs, num_tokens: float) -> float:
+    """Steps of training on so many tokens."""
+    return num_tokens / (inputs.training.global_batch_size * inputs.training.sequence_length)
+
+
+def _in_days(inputs: Inputs, step_seconds: float, num_tokens: float | None) -> str:
+    """A step time, and the days of the whole run where the number of tokens is known."""
+    if num_tokens is None:
+        return f"{step_seconds:.4g} s a step"
+    return f"{step_seconds * num_steps(inputs, num_tokens) / 86400:.4g} days for {num_tokens:.4g} tokens ({step_seconds:.4g} s a step)"
+
+
+def fewest_gpus(inputs: Inputs, constraints: Constraints, step_seconds: float, num_tokens: float | None = None) -> Plan:
+    """The plan on the fewest GPUs of the cluster whose step takes at most `step_seconds`; `num_tokens` are those of the whole run.
 
     Raises DoesNotFitError when not even all GPUs are fast enough, with the step time that they reach.
     """
@@ -42,8 +54,8 @@ def fewest_gpus(inputs: Inputs, constraints: Constraints, step_seconds: float) -
             return search(smaller, constraints)
     reached = search(inputs, constraints).predictions.time.step_seconds or 0.0
     raise DoesNotFitError(
-        f"no plan on {inputs.cluster.num_gpus} GPUs or fewer takes at most {step_seconds:g} s a step",
-        (f"a deadline of {reached:.4g} s a step, which {inputs.cluster.num_gpus} GPUs reach",),
+        f"no plan on {inputs.cluster.num_gpus} GPUs or fewer takes at most {_in_days(inputs, step_seconds, num_tokens)}",
+        (f"a deadline of {_in_days(inputs, reached, num_tokens)}, which {inputs.cluster.num_gpus} GPUs reach",),
     )
 
 

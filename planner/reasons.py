@@ -13,7 +13,9 @@ from planner.candidates import (
     Constraints,
     Degrees,
     all_degrees,
+    conflict,
     decisions_of,
+    is_possible,
     rank_orders,
     recompute_levels,
     schedules,
@@ -313,7 +315,9 @@ def does_not_fit(costs: Costs, constraints: Constraints) -> DoesNotFitError:
 
 
 def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, float, int]:
-    """The plan that is least over: plan, fullest rank, bytes over, bytes needed."""
+    """The plan that is least over: plan, fullest rank, bytes over, bytes needed. Raises InputError where none keeps the constraints."""
+    if not is_possible(inputs, constraints):
+        raise conflict(inputs, constraints)
     level = recompute_levels(constraints)[-1]
     best: tuple[Decisions, int, float, int] | None = None
     least: dict[tuple[int, int], Degrees] = {}
@@ -322,9 +326,10 @@ def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, f
         if degrees.micro_batch_size < known.micro_batch_size:
             least[degrees[:2]] = degrees
     for degrees in least.values():
+        fewest: dict[str, int] = {}
         for schedule, v in schedules(inputs, degrees, constraints):
-            if v > max(2, constraints.fixed.num_virtual_stages or 0):
-                continue
+            fewest.setdefault(schedule, v)
+        for schedule, v in fewest.items():
             zeros, choices = zero_stages(degrees, constraints), sequence_parallel_choices(inputs, degrees, constraints)
             for zero in zeros[-2:]:
                 for choice in choices[:1]:
@@ -336,8 +341,7 @@ def closest(inputs: Inputs, constraints: Constraints) -> tuple[Decisions, int, f
                     rank, over, need = _shortage(inputs, plan)
                     if best is None or over < best[2]:
                         best = (plan, rank, over, need)
-    if best is None:
-        raise InputError("constraints", "together", "no plan keeps all of them; free one of the fixed or forbidden decisions")
+    assert best is not None
     return best
 
 

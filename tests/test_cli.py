@@ -43,6 +43,7 @@ def test_what_does_not_fit_has_status_3_and_a_document_all_the_same() -> None:
 
 
 LONG = "a" * 300
+SOLVE = ["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8"]
 WRONG = [
     (["estimate", "--model", LONG], "--model"),
     (["estimate", "--model", "gpt2", "--cluster", LONG], "--cluster"),
@@ -58,6 +59,13 @@ WRONG = [
     (["estimate", "--model", "gpt2", "--global-batch-size", "9" * 23], "at most 1,000,000,000"),
     (["estimate", "--model", "gpt2", "--cluster", f"a100:{'9' * 21}"], "at most 10,000,000"),
     (["estimate", "--model", "gpt2", "--cluster", "a100:²"], "--cluster"),
+    ([*SOLVE, "--schedule", "zbvzerobubble", "--pp", "1"], "--pipeline-parallel: 1 "),
+    ([*SOLVE, "--schedule", "zbvzerobubble", "--pp", "1", "--tp", "1"], "--schedule ZBVZeroBubble; change"),
+    ([*SOLVE, "--num-virtual-stages", "4", "--schedule", "1f1b"], "--num-virtual-stages 4"),
+    ([*SOLVE, "--forbid", "tensor_parallel=1", "--tp", "1"], "together with --forbid tensor_parallel=1"),
+    ([*SOLVE, "--rank-order", "tp-dp-pp", "--forbid", "rank_order=tp-dp-pp"], "--forbid rank_order=tp-dp-pp"),
+    ([*SOLVE, "--memory-fraction", "0.001"], "more than 0.0126 is expected"),
+    (["estimate", "--model", "gpt3", "--cluster", "a100:8", "--tp", "3"], "--tensor-parallel: 3 "),
     (["estimate", "--model", "gpt2", "--gpus", "9" * 5000, "--global-batch-size", "8"], "at most 1,000,000"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
@@ -72,7 +80,7 @@ WRONG = [
     (["estimate", "--model", "gpt3", "--tp", "0"], "--tensor-parallel"),
     (["estimate", "--model", "gpt3", "--cluster", "z100:8"], "--cluster"),
     (["estimate", "--model", "gpt3", "--cluster", "a100-80gb:many"], "--cluster"),
-    (["estimate", "--model", "gpt3", "--cluster", "a100-80gb:100", "--tp", "8", "--pp", "8"], "--data-parallel"),
+    (["estimate", "--model", "gpt3", "--cluster", "a100-80gb:100", "--tp", "8", "--pp", "8"], "--pipeline-parallel"),
     (["estimate", "--model", "gpt3", "--zero-stage", "9"], "--zero-stage"),
     (["estimate", "--model", "gpt3", "--schedule", "best"], "--schedule"),
     (["estimate", "--model", "gpt3", "--tp", "8", "--sequence-length", "4096"], "--sequence-length"),

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.testing import CliRunner
 from plans import make_dry_run, make_plan, make_run
 
+from planner.cli.reporting import compare as compare_command
 from planner.compare import Comparison, Row, blame, causes, compare, error_fraction, outside
 from planner.documents import convert, dumps
-from planner.errors import InputError
+from planner.errors import InputError, ToleranceError
 from planner.plan import Plan, replace
 from planner.run import Run
 from planner.timeline import bubble_fractions
@@ -94,6 +96,17 @@ def test_tolerance():
     assert compare(plan, heavy, tolerance=0.2).within_tolerance is False
     with pytest.raises(InputError, match="--tolerance"):
         compare(plan, run, tolerance=-0.1)
+
+
+def test_a_small_tolerance_is_said_in_full(tmp_path):
+    plan = plan_3d()
+    run, _ = make_run(plan, forward=1.5)
+    run = replace(run, ranks=tuple(replace(rank, actions_file=None) for rank in run.ranks))
+    for name, document in (("plan.json", plan), ("run.json", run)):
+        (tmp_path / name).write_text(dumps(document))
+    arguments = [str(tmp_path / "plan.json"), str(tmp_path / "run.json"), "--tolerance", "0.0001"]
+    with pytest.raises(ToleranceError, match=r"outside the tolerance of 0\.01 %"):
+        CliRunner().invoke(compare_command, arguments, standalone_mode=False, catch_exceptions=False)
 
 
 def test_a_few_stray_bytes_of_a_small_category_are_within_tolerance():

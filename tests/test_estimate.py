@@ -77,7 +77,7 @@ def test_gpt3_on_one_gpu_does_not_fit_and_the_repair_does() -> None:
 
 
 def test_world_size_that_is_no_product_is_refused() -> None:
-    with pytest.raises(InputError, match="--data-parallel"):
+    with pytest.raises(InputError, match=r"--pipeline-parallel: 8 .* must divide the 100 GPUs"):
         asked("gpt3", "a100-80gb:100", tensor_parallel=8, pipeline_parallel=8)
 
 

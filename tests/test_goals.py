@@ -33,6 +33,10 @@ def test_fewest_gpus_meet_the_deadline_and_fewer_do_not(inputs):
     assert plan.inputs.cluster.num_gpus == min(count for count, seconds in times.items() if seconds <= deadline)
     with pytest.raises(DoesNotFitError, match="s a step"):
         fewest_gpus(inputs, Constraints(), min(times.values()) * 0.9)
+    with pytest.raises(DoesNotFitError, match=r"days for 3e\+11 tokens") as caught:
+        fewest_gpus(inputs, Constraints(), min(times.values()) * 0.9, 3e11)
+    days = min(times.values()) * 3e11 / (24 * 2048) / 86400
+    assert f"a deadline of {days:.4g} days for 3e+11 tokens" in caught.value.repairs[0]
     budget = times[2] * 2 * 1.02
     plan = fastest_within(inputs, Constraints(), budget)
     allowed = {count: seconds for count, seconds in times.items() if seconds * count <= budget}

@@ -284,7 +284,7 @@ def solve(output: str | None, within_days: float | None, within_gpu_hours: float
 
 def _solved(inputs: Inputs, constraints: Constraints, request: Request, within_days: float | None, within_gpu_hours: float | None) -> Plan:
     """The best plan on all GPUs, or by the goal that was given."""
-    from planner.goals import fastest_within, fewest_gpus
+    from planner.goals import fastest_within, fewest_gpus, num_steps
     from planner.search import search
 
     if within_days is None and within_gpu_hours is None:
@@ -294,9 +294,9 @@ def _solved(inputs: Inputs, constraints: Constraints, request: Request, within_d
     tokens = request.num_tokens or inputs.model.num_training_tokens
     if tokens is None:
         raise InputError("--num-tokens", None, "it is required here: the tokens of the whole training run")
-    steps = tokens / (inputs.training.global_batch_size * inputs.training.sequence_length)
+    steps = num_steps(inputs, tokens)
     if within_days is not None:
-        return fewest_gpus(inputs, constraints, within_days * 86400 / steps)
+        return fewest_gpus(inputs, constraints, within_days * 86400 / steps, tokens)
     assert within_gpu_hours is not None
     return fastest_within(inputs, constraints, within_gpu_hours * 3600 / steps)
 

@@ -43,7 +43,7 @@ def compare(plan_file: str, run_file: str, dry_run_file: str | None, tolerance: 
         click.echo(text.show(*parts, text.notes("Where the difference lies", [cause.words for cause in document.causes])), nl=False)
     if document.within_tolerance is False:
         beyond = results.outside_words(document, outside(document.rows, tolerance or 0.0))
-        raise ToleranceError(f"outside the tolerance of {tolerance:.0%}: {', '.join(beyond)}")
+        raise ToleranceError(f"outside the tolerance of {100 * (tolerance or 0.0):g} %: {', '.join(beyond)}")
     return 0
 
 
