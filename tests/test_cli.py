@@ -66,6 +66,7 @@ WRONG = [
     ([*SOLVE, "--rank-order", "tp-dp-pp", "--forbid", "rank_order=tp-dp-pp"], "--forbid rank_order=tp-dp-pp"),
     ([*SOLVE, "--memory-fraction", "0.001"], "more than 0.0126 is expected"),
     (["estimate", "--model", "gpt3", "--cluster", "a100:8", "--tp", "3"], "--tensor-parallel: 3 "),
+    (["estimate", "--model", "llama-7b", "--gpus", "8,16", "--tp", "3", "--global-batch-size", "8"], "--tensor-parallel"),
     (["estimate", "--model", "gpt2", "--gpus", "9" * 5000, "--global-batch-size", "8"], "at most 1,000,000"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--forbid", "colour=red"], "--forbid"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
@@ -202,6 +203,14 @@ def test_what_cannot_fit_has_status_3_and_repairs() -> None:
 def test_paradigms_of_which_none_is_possible_are_one_line_and_no_success(arguments: list[str], status: int, said: str) -> None:
     done = plan("paradigms", "--model", *arguments)
     assert done.returncode == status and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+def test_a_sweep_in_which_nothing_fits_says_what_would() -> None:
+    done = plan("estimate", "--model", "gpt3", "--gpus", "1,2", "--cluster", "a100-80gb", "--global-batch-size", "2", "--json")
+    assert done.returncode == 3 and [point["plan"] for point in json.loads(done.stdout)["points"]] == [None, None]
+    assert "does not fit 2 x" in done.stderr and "would fit" in done.stderr
+    none = plan("estimate", "--model", "gpt3", "--gpus", "7", "--cluster", "a100-80gb", "--global-batch-size", "1", "--pp", "1")
+    assert none.returncode == 2 and none.stdout == "" and "--pipeline-parallel" in none.stderr.splitlines()[-1]
 
 
 def test_explain_names_every_term_and_its_letters_without_degrees_too() -> None:

@@ -25,7 +25,7 @@ from planner.cli.options import (
     training_of,
 )
 from planner.errors import InputError
-from planner.plan import Inputs, Plan, replace
+from planner.plan import Inputs, Plan, check_tensor_parallel, replace
 from planner.traced import is_reference
 from planner.values import whole_number
 
@@ -194,7 +194,7 @@ def _with_run(plan: Plan, request: Request) -> Plan:
 
 
 def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> int:
-    """The best plan for each number of GPUs."""
+    """The best plan for each number of GPUs. Raises InputError where the options are wrong for every number, DoesNotFitError where none fits."""
     from planner.candidates import Constraints
     from planner.cluster import with_num_gpus
     from planner.errors import DoesNotFitError
@@ -210,14 +210,25 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
     if output is not None:
         check_output(output, (request.model, request.cluster))
     inputs = inputs_of(request)
+    if request.tensor_parallel:
+        check_tensor_parallel(inputs.model, request.tensor_parallel, "--tensor-parallel")
     points: list[tuple[int, Plan | None, str]] = []
+    short: DoesNotFitError | None = None
+    wrong: InputError | None = None
     for number in numbers:
         click.echo(f"solving for {number:,} GPUs", err=True)
         try:
             plan = search(replace(inputs, cluster=with_num_gpus(inputs.cluster, number)), Constraints(fixed=fixed_of(request)))
             points.append((number, _with_run(plan, request), ""))
-        except (DoesNotFitError, InputError) as error:
+        except DoesNotFitError as error:
+            short = error
             points.append((number, None, str(error)))
+        except InputError as error:
+            wrong = error
+            points.append((number, None, str(error)))
+    found = any(plan is not None for _, plan, _ in points)
+    if wrong is not None and short is None and not found:
+        raise wrong
     if output is not None:
         _write_sweep(inputs.model.name, points, output)
     if as_json:
@@ -227,9 +238,11 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
         ]
         print_json({"schema": "meshwright.sweep/1", "model": inputs.model.name, "points": rows})
     else:
-        found = plans.sweep_warnings(points)
-        click.echo(text.show(plans.sweep_table(inputs.model.name, points), *([text.notes("Warnings", found)] if found else [])), nl=False)
-    return 0 if any(plan is not None for _, plan, _ in points) else 3
+        warned = plans.sweep_warnings(points)
+        click.echo(text.show(plans.sweep_table(inputs.model.name, points), *([text.notes("Warnings", warned)] if warned else [])), nl=False)
+    if short is not None and not found:
+        raise short
+    return 0
 
 
 def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: str) -> None:
