@@ -83,6 +83,8 @@ class GroupErrors(Document, frozen=True, kw_only=True):
     step_time_worst_error: float | None
     interval_coverage: float | None
     """Share of the rows whose measured time lies in their 80 % interval."""
+    num_timed_rows: int = 0
+    """Rows with a predicted and a measured time that count."""
     memory_mean_abs_error: float | None
     memory_calibrated: bool = False
     """Whether a constant of the memory of programs was fitted to this group."""
@@ -102,6 +104,8 @@ class ErrorMeans(Document, frozen=True, kw_only=True):
     step_time_mean_error: float | None
     interval_coverage: float | None
     memory_mean_abs_error: float | None
+    interval_row_coverage: float | None = None
+    """The share of all rows, which large groups weigh more in."""
     num_memory_groups: int = 0
     """Groups that the memory's mean is over: whether constants were fitted to a group differs between time and memory."""
 
@@ -228,6 +232,7 @@ def _group(name: str, rows: Sequence[ValidationRow]) -> GroupErrors:
         step_time_mean_error=_mean(errors),
         step_time_worst_error=max(errors, key=abs, default=None),
         interval_coverage=_mean([float(_inside(row)) for row in timed]),
+        num_timed_rows=len(timed),
         memory_mean_abs_error=_mean(memory),
         memory_calibrated=name in memory_facts().calibrated,
         memory_fit=_memory_fit(rows),
@@ -260,13 +265,14 @@ def _means(groups: Sequence[GroupErrors], memory_groups: Sequence[GroupErrors] |
 
     memory = [group.memory_mean_abs_error for group in (groups if memory_groups is None else memory_groups)]
     remembered = [error for error in memory if error is not None]
-
+    timed = sum(group.num_timed_rows for group in groups)
     return ErrorMeans(
         num_groups=len(groups),
         num_rows=sum(group.num_rows for group in groups),
         step_time_mean_abs_error=over("step_time_mean_abs_error"),
         step_time_mean_error=over("step_time_mean_error"),
         interval_coverage=over("interval_coverage"),
+        interval_row_coverage=sum((group.interval_coverage or 0.0) * group.num_timed_rows for group in groups) / timed if timed else None,
         memory_mean_abs_error=_mean(remembered),
         num_memory_groups=len(remembered),
     )

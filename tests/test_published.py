@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from planner.row_machines import GPU_PRESETS, PROGRAMS
 from planner.row_machines import link_bytes_per_second as link
 from planner.rows import NotExpressible, case_of, measured_of
 from planner.software import presets as programs
+from planner.tables.results import validation_view
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,10 @@ def test_the_mean_over_untouched_groups(validation):
     assert untouched.step_time_mean_abs_error <= 0.10
     assert abs(untouched.step_time_mean_error) <= 0.03
     assert 0.75 <= untouched.interval_coverage <= 0.97
+    shown = next(part for part in validation_view(validation) if isinstance(part, str))
+    rows, groups = untouched.interval_row_coverage, untouched.interval_coverage
+    assert f"held for {rows:.1%} of the counted rows, and for {groups:.1%} as a mean over the groups" in shown
+    assert f"{rows * 100:.0f} % of the rows, {groups * 100:.0f} % as a mean over the groups" in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_four_of_five_untouched_rows_lie_in_their_interval(validation):

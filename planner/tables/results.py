@@ -202,6 +202,10 @@ def validation_view(document: Validation) -> list[RenderableType | str]:
                  "–", percent(means.memory_mean_abs_error))
             )  # fmt: skip
             parts.append(table(title, columns, rows))
+            if means.interval_row_coverage is not None:
+                rows_held, groups_held = percent(means.interval_row_coverage), percent(means.interval_coverage)
+                held = f"{rows_held} of the counted rows, and for {groups_held} as a mean over the groups"
+                parts.append(f"The 80 % interval held for {held}.\n")
     fit = document.summary.memory_fit
     if fit.out_of_memory_runs or fit.fitting_runs:
         found = [group for group in document.groups if group.memory_fit.out_of_memory_runs]
