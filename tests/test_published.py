@@ -52,7 +52,8 @@ def test_the_mean_over_untouched_groups(validation):
     shown = next(part for part in validation_view(validation) if isinstance(part, str))
     rows, groups = untouched.interval_row_coverage, untouched.interval_coverage
     assert f"held for {rows:.1%} of the counted rows, and for {groups:.1%} as a mean over the groups" in shown
-    assert f"{rows * 100:.0f} % of the rows, {groups * 100:.0f} % as a mean over the groups" in (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"{rows * 100:.0f} % of the rows, {groups * 100:.0f} % as a mean over the groups" in readme
 
 
 def test_four_of_five_untouched_rows_lie_in_their_interval(validation):
