@@ -1,6 +1,7 @@
 """The search: inputs and constraints to the best plan, with its proof, its reasons and its runners-up.
 
-`planner.explore` finds the decisions; `planner.reasons` says why they won, why the others lost, and what would make something fit.
+`planner.explore` finds the decisions; `planner.reasons` says why they won and why the others lost, `planner.repairs` what would make something
+fit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-from planner import reasons
+from planner import reasons, repairs
 from planner.candidates import Constraints
 from planner.chain import Costs
 from planner.errors import SolverError
@@ -35,7 +36,7 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
     if outcome.best is None:
         if not outcome.proven and not outcome.shared:
             raise SolverError(f"no plan was found within the time limit of {asked.time_limit_seconds:g} s; none is proven impossible either")
-        raise reasons.does_not_fit(costs, asked)
+        raise repairs.does_not_fit(costs, asked)
     decisions = outcome.best.decisions
     check(inputs, decisions, "plan")
     gap = max(0.0, 1.0 - outcome.bound / outcome.best.seconds)
@@ -54,7 +55,7 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
             num_pruned=outcome.num_candidates - max(outcome.num_solved, 1),
             wall_seconds=outcome.wall_seconds,
             runners_up=reasons.runners_up(costs, asked, outcome),
-            reasons=(*reasons.why(costs, outcome), *reasons.fewer_gpus(inputs, asked, outcome.best.seconds)),
+            reasons=(*reasons.why(costs, outcome), *repairs.fewer_gpus(inputs, asked, outcome.best.seconds)),
         ),
     )
 

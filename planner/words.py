@@ -1,0 +1,23 @@
+"""Figures of a plan as people read them."""
+
+from __future__ import annotations
+
+from planner.plan import Decisions
+
+GIB = 2**30
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.2f} ms"
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def degrees_in_words(decisions: Decisions, left_out: str = "") -> str:
+    """The degrees of a plan that are above 1: "tp 8, pp 8"."""
+    names = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "dp": "data_parallel"}
+    words = [f"{short} {getattr(decisions, name)}" for short, name in names.items() if name != left_out and getattr(decisions, name) > 1]
+    return ", ".join(words) or "no parallelism"
