@@ -10,7 +10,6 @@ from planner.chain_plan import ChainInputs
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
 from planner.economics import MFU_IMPLAUSIBLE, run_cost
-from planner.errors import InputError
 from planner.memory import in_flight, layer_bytes, predict_memory
 from planner.model import ModelSpec
 from planner.plan import (
@@ -81,13 +80,9 @@ def model_summary(model: ModelSpec) -> dict[str, object]:
 
 
 def capacity_bytes(inputs: Inputs | ChainInputs) -> int:
-    """Bytes that a plan may use on each GPU. Raises InputError where a small memory fraction leaves none."""
-    gpu, fraction = inputs.cluster.gpu, inputs.training.memory_fraction
-    usable = int(gpu.memory_bytes * fraction) - gpu.reserved_bytes
-    if usable <= 0:
-        least = f"more than {gpu.reserved_bytes / gpu.memory_bytes:.3g} is expected"
-        raise InputError("--memory-fraction", fraction, f"{least}, the share of {gpu.name}'s memory that is reserved")
-    return usable
+    """Bytes that a plan may use on each GPU."""
+    gpu = inputs.cluster.gpu
+    return int(gpu.memory_bytes * inputs.training.memory_fraction) - gpu.reserved_bytes
 
 
 def capacity_words(inputs: Inputs | ChainInputs, show: Callable[[float], str]) -> str:

@@ -209,7 +209,7 @@ def test_an_empty_name_of_a_run_is_refused(plan, tmp_path):
 
 def test_a_tight_plan_is_called_risky(plan):
     peak = plan.predictions.memory.total_bytes
-    cluster = replace(plan.inputs.cluster, gpu=replace(plan.inputs.cluster.gpu, memory_bytes=round(peak / 0.98)))
+    cluster = replace(plan.inputs.cluster, gpu=replace(plan.inputs.cluster.gpu, memory_bytes=round(peak / 0.98), reserved_bytes=0))
     tight = replace(plan, inputs=replace(plan.inputs, cluster=cluster))
     assert "Risky: the heaviest GPU uses 98.0% of its memory" in Page(report(tight)).words
     assert "Risky" not in Page(report(plan)).words

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from planner import documents
-from planner.cli.options import Request, cluster_of, fixed_of
+from planner.cli.options import Request, cluster_of, cluster_to_fill, fixed_of
 from planner.errors import InputError
 from planner.plan import Training
 
@@ -73,7 +73,7 @@ def solve_traced(request: Request, constraints: Constraints, options: dict[str, 
     _refuse(request, options)
     if request.global_batch_size is None:
         raise InputError("--global-batch-size", None, "it is required here: the samples of one optimizer step")
-    cluster = cluster_of(request)
+    cluster = cluster_to_fill(request)
     training = _training(request, request.global_batch_size)
     assert constraints.fixed == fixed_of(request)
     plan = search_chain(ChainInputs(model=_traced(request), cluster=cluster, training=training), constraints)

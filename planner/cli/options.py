@@ -262,6 +262,16 @@ def cluster_of(request: Request) -> ClusterSpec:
     return cluster
 
 
+def cluster_to_fill(request: Request) -> ClusterSpec:
+    """The cluster named. Raises InputError where the memory fraction leaves nothing of its GPUs' memory beside what is reserved."""
+    cluster = cluster_of(request)
+    gpu = cluster.gpu
+    if gpu.memory_bytes * request.memory_fraction <= gpu.reserved_bytes:
+        reserved = f"{gpu.reserved_bytes / gpu.memory_bytes:.3g}"
+        raise InputError("--memory-fraction", request.memory_fraction, f"more than {reserved} is expected, the share that {gpu.name} has reserved")
+    return cluster
+
+
 def fixed_of(request: Request) -> Fixed:
     """The decisions that the user has made."""
     return Fixed(**{field.name: getattr(request, field.name) for field in dataclasses.fields(Fixed)})
@@ -288,7 +298,7 @@ def training_of(request: Request, model: ModelSpec, default_batch: int | None) -
 
 def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
     model = model_of(request)
-    return Inputs(model=model, cluster=cluster_of(request), training=training_of(request, model, default_batch))
+    return Inputs(model=model, cluster=cluster_to_fill(request), training=training_of(request, model, default_batch))
 
 
 def check_output(output: str, inputs: Iterable[str | None] = (), option: str = "--output") -> None:

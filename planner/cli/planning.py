@@ -14,6 +14,7 @@ from planner.cli.options import (
     Request,
     check_output,
     cluster_of,
+    cluster_to_fill,
     constraints_of,
     fixed_of,
     inputs_of,
@@ -159,7 +160,7 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
 
     model = model_of(request)
     training = training_of(request, model, 1)
-    completed = complete(model, cluster_of(request), training, fixed_of(request), batch_given=request.global_batch_size is not None)
+    completed = complete(model, cluster_to_fill(request), training, fixed_of(request), batch_given=request.global_batch_size is not None)
     predictions = predict(completed.inputs, completed.decisions)
     time = with_training_run(predictions.time, completed.inputs, completed.decisions, request.num_tokens or model.num_training_tokens)
     predictions = replace(predictions, time=time)
