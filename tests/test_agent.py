@@ -77,12 +77,19 @@ def test_a_killed_rank_is_named(tmp_path: Path, plan: Plan) -> None:
     assert process.returncode == 1 and rest.strip().splitlines()[-1].startswith("plan: rank 1 was ended by SIGKILL")
 
 
+def heed_signals() -> None:
+    """Whatever the tests were started with: nohup, or a shell's background, ignores some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def ended(folder: Path, number: signal.Signals, arguments: list[str], until: str, *, group: bool = False) -> tuple[int, list[str]]:
     """Sends a signal to `plan` (or to its process group, as a terminal does) when a line of its stderr begins with `until`: its exit status, and
     the lines after that one. Nothing that it had started may be left."""
     launch = [sys.executable, "-c", "from planner.cli import entry; entry()", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log, subprocess.Popen(launch, stderr=log, env=environment, start_new_session=True) as process:
+    options = {"env": environment, "start_new_session": True, "preexec_fn": heed_signals}
+    with (folder / "log").open("w") as log, subprocess.Popen(launch, stderr=log, **options) as process:  # type: ignore[call-overload]
         started: list[psutil.Process] = []
         try:
             deadline = time.monotonic() + 60
