@@ -65,7 +65,7 @@ FIRST_PLANS = 2
 """Plans that are looked for before anything is proven."""
 PATIENCE_SECONDS = 8.0
 """CPU-seconds of a search after which a plan within the accepted gap is enough."""
-SETTLE_SECONDS = 0.3
+SETTLE_SECONDS = 0.1
 """CPU-seconds for the stages of one candidate that has lost already, as far as its programs keep to it."""
 
 

@@ -40,8 +40,8 @@ PARTS = {
 }
 NEAR = 5
 """Other degrees that a plan is compared with."""
-SETTLING_SECONDS = 2.0
-"""CPU-seconds for the stages of all runners-up."""
+SETTLING_SECONDS = 0.3
+"""CPU-seconds for the stages of all runners-up, the fastest first; those that it does not reach are said to be so much slower at most."""
 
 
 def runners_up(costs: Costs, constraints: Constraints, outcome: Outcome) -> tuple[RunnerUp, ...]:

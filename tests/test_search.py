@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from planner import bounds, greedy
+from planner import bounds, greedy, reasons
+from planner import explore as explore_module
 from planner.candidates import LEVELS, Constraints, Degrees, all_degrees, decisions_of, degrees_of, rank_orders, schedules, shardings
 from planner.chain import Costs, counts_of, stages_of
 from planner.cluster import load_cluster, with_num_gpus
@@ -184,8 +185,13 @@ def test_replicas_of_the_shard_group_are_found_where_they_win_and_equal_enumerat
             search(inputs, Constraints(fixed=dataclasses.replace(fixed, **wrong)))
 
 
-def test_runners_up_have_their_best_stages_and_say_their_order():
+def test_runners_up_have_their_best_stages_and_say_their_order(monkeypatch):
     inputs = inputs_of("gpt3-1.3b", "a100-40gb:16", 32, memory_fraction=0.2)
+    monkeypatch.setattr(reasons, "SETTLING_SECONDS", 0.0)
+    unsettled = search(inputs, Constraints(fixed=Fixed(micro_batch_size=1))).solver.runners_up
+    assert all("at most" in other.why_not or "as fast" in other.why_not for other in unsettled if other.step_seconds is not None)
+    monkeypatch.setattr(reasons, "SETTLING_SECONDS", 60.0)
+    monkeypatch.setattr(explore_module, "SETTLE_SECONDS", 10.0)
     plan = search(inputs, Constraints(fixed=Fixed(micro_batch_size=1)))
     others = [other for other in plan.solver.runners_up if other.step_seconds is not None]
     assert sum("at most" not in other.why_not for other in others) >= 3
