@@ -36,7 +36,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = _cause(error)
         sys.stderr.write(f"plan: {_reason(rank, failure)}\n")
-        return failure.exitcode if failure.exitcode > 0 else 1
+        return _status(failure)
     except SignalException as error:
         return 128 + int(error.sigval)
     except KeyboardInterrupt:
@@ -60,6 +60,16 @@ def _reason(rank: int, failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()}" + (" (out of memory?)" if failure.exitcode == -signal.SIGKILL else "")
     return f"rank {rank} ended with exit status {failure.exitcode}; its own words are above"
+
+
+def _status(failure: ProcessFailure) -> int:
+    """That of what the rank recorded, since the agent may have ended it on its way out; else its own, and 1 where a signal ended it."""
+    recorded = failure.error_file_data.get("message")
+    name = str(recorded["message"]).partition(": ")[0] if isinstance(recorded, dict) else ""
+    for kind in MeshwrightError.__subclasses__():
+        if kind.__name__ == name:
+            return kind.exit_status
+    return failure.exitcode if failure.exitcode > 0 else 1
 
 
 def record(error: MeshwrightError) -> None:
