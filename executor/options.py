@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from planner.errors import InputError
-from planner.places import check_file, check_folder
+from planner.places import check_folder, check_output
 from planner.run import actions_path
 from planner.traced import is_reference
 
@@ -92,10 +92,11 @@ def _refuse(options: argparse.Namespace, names: Sequence[str], allowed: str) -> 
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises InputError for a place where the run could not write in the end. Leaves nothing there."""
+    """Raises InputError for a place where the run could not write in the end, or would replace what it reads. Leaves nothing there."""
     if options.output is not None:
-        check_file("--output", options.output)
-        check_file("--output", str(actions_path(options.output)))
+        inputs = (options.plan, options.data)
+        check_output(options.output, inputs)
+        check_output(str(actions_path(options.output)), inputs)
     if options.checkpoint_every:
         check_folder("--checkpoint-folder", options.checkpoint_folder)
     if options.tensorboard is not None:

@@ -15,9 +15,9 @@ from planner.estimate import fits, predict
 from planner.model import ModelSpec
 from planner.plan import Decisions, Inputs, Plan, Predictions, SolverReport, Training, check, digest, even_stages, replace
 from planner.run import Run
+from planner.words import gib
 
 SCHEMA = "meshwright.paradigms/1"
-GIB = 2**30
 
 
 class Paradigm(Document, frozen=True, kw_only=True):
@@ -148,7 +148,7 @@ def require_one(document: Paradigms, *, run: bool) -> None:
     if not possible:
         raise InputError("--world-size", document.world_size, f"no way of splitting is possible: {document.paradigms[0].why_not}")
     least = min(possible, key=lambda paradigm: paradigm.peak_bytes or 0)
-    needs = f"{least.name}, which needs least, takes {(least.peak_bytes or 0) / GIB:,.1f} GiB on its fullest rank"
+    needs = f"{least.name}, which needs least, takes {gib(least.peak_bytes or 0)} on its fullest rank"
     if run and all(paradigm.measured_step_seconds is None for paradigm in possible):
         raise DoesNotFitError(f"none of the {len(possible)} ways could be run on this machine; {needs}")
     if not run and not any(paradigm.fits for paradigm in possible):

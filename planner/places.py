@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from planner.documents import check_name, is_stream
 from planner.errors import InputError
 
 
-def check_file(option: str, given: str) -> None:
-    """Raises InputError unless `given` is a file that can be written in a folder that exists, or a device or a pipe."""
+def check_output(given: str, inputs: Iterable[str | None] = (), option: str = "--output") -> None:
+    """Raises InputError unless `given` is a file that can be written in a folder that exists, or a device or a pipe, and is none of the command's
+    `inputs`: each a file, a folder with a config.json, or FILE:NUM_GPUS; None and what is no file are passed over.
+    """
     check_name(given, option)
     if Path(given).exists() and is_stream(Path(given)):
         return
@@ -20,6 +24,10 @@ def check_file(option: str, given: str) -> None:
         _write_nothing(Path(given).absolute().parent)
     except OSError as error:
         raise InputError(option, given, f"a file in an existing, writable folder is expected ({error.strerror})") from None
+    for source in inputs:
+        for name in (source, source.partition(":")[0], os.path.join(source, "config.json")) if source else ():
+            if os.path.exists(given) and os.path.exists(name) and os.path.samefile(name, given):
+                raise InputError(option, given, f"another file is expected: it is the input {name}, which would be lost")
 
 
 def check_folder(option: str, given: str) -> None:

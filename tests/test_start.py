@@ -73,6 +73,16 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rank_that_is_started_without_plan_run_refuses_to_replace_its_plan_or_data(tmp_path: Path) -> None:
+    plan, data = tmp_path / "plan.json", tmp_path / "tokens.actions.json"
+    plan.touch()
+    data.touch()
+    for output in ("plan.json", "tokens.actions.json", "tokens.json"):
+        with pytest.raises(InputError, match="would be lost"):
+            check_outputs(arguments([str(plan), "--data", str(data), "--output", str(tmp_path / output)]))
+    check_outputs(arguments([str(plan), "--data", str(data), "--output", str(tmp_path / "run.json")]))
+
+
 def test_ranks_that_exceed_the_free_memory_are_refused_with_what_would_fit() -> None:
     check_host_memory([3 * GIB, 4 * GIB], 7 * GIB + 2 * PROCESS_BYTES)
     with pytest.raises(DoesNotFitError, match=r"2 ranks .* would fit: `plan dry-run`"):

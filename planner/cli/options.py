@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,6 @@ from planner.cluster import ClusterSpec, load_cluster, presets, with_num_gpus
 from planner.defaults import Fixed
 from planner.errors import InputError
 from planner.model import ModelSpec, load_model
-from planner.places import check_file
 from planner.plan import ATTENTIONS, RECOMPUTE_LEVELS, SCHEDULES, Inputs, Training, replace
 from planner.software import load_software
 from planner.values import whole_number
@@ -299,15 +297,3 @@ def training_of(request: Request, model: ModelSpec, default_batch: int | None) -
 def inputs_of(request: Request, default_batch: int | None = None) -> Inputs:
     model = model_of(request)
     return Inputs(model=model, cluster=cluster_to_fill(request), training=training_of(request, model, default_batch))
-
-
-def check_output(output: str, inputs: Iterable[str | None] = (), option: str = "--output") -> None:
-    """Raises InputError before any work is done when the file could not be written at the end, or is one of the command's `inputs`.
-
-    An input is a file, a folder with a config.json, or FILE:NUM_GPUS; None and what is no file are passed over.
-    """
-    check_file(option, output)
-    for given in inputs:
-        for name in (given, given.partition(":")[0], os.path.join(given, "config.json")) if given else ():
-            if os.path.exists(output) and os.path.exists(name) and os.path.samefile(name, output):
-                raise InputError(option, output, f"another file is expected: it is the input {name}, which would be lost")

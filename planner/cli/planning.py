@@ -12,7 +12,6 @@ from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import (
     NUMBER,
     Request,
-    check_output,
     cluster_of,
     cluster_to_fill,
     constraints_of,
@@ -26,6 +25,7 @@ from planner.cli.options import (
     training_of,
 )
 from planner.errors import InputError
+from planner.places import check_output
 from planner.plan import Inputs, Plan, check_tensor_parallel, replace
 from planner.traced import is_reference
 from planner.values import whole_number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import signal
@@ -14,10 +13,10 @@ from typing import Any
 
 import click
 
-from planner.cli.options import POSITIVE, check_output, json_option
+from planner.cli.options import POSITIVE, json_option
 from planner.errors import InputError, MeshwrightError
 from planner.lifeline import child_environment, exit_on_signals
-from planner.places import check_folder
+from planner.places import check_folder, check_output
 from planner.plan import load_plan
 
 
@@ -74,20 +73,7 @@ def _arguments(**options: Any) -> list[str]:
 def run(arguments: tuple[str, ...]) -> int:
     """Starts torchrun with the right arguments, and trains by the plan."""
     need_executor()
-    _check_run_output(arguments)
     return start(["-m", "executor.start", *arguments])
-
-
-def _check_run_output(arguments: Sequence[str]) -> None:
-    """Raises InputError when a run's output is one of its inputs. All else about the arguments is the executor's to say."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-o", "--output")
-    try:
-        found, others = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return
-    if found.output is not None:
-        check_output(found.output, [text.removeprefix("--data=") for text in others])
 
 
 @click.command("dry-run")
@@ -257,9 +243,10 @@ def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, s
     from planner.cluster import with_num_gpus
     from planner.documents import dumps, write_text
     from planner.estimate import predict
-    from planner.paradigms import GIB, as_plan, total_bytes, with_measurement
+    from planner.paradigms import as_plan, total_bytes, with_measurement
     from planner.plan import Inputs, replace
     from planner.run import load_run
+    from planner.words import gib
 
     inputs = Inputs(model=model, cluster=with_num_gpus(cluster, document.world_size), training=training)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if cluster.device == "cpu" else None
@@ -272,7 +259,7 @@ def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, s
             predictions = predict(inputs, paradigm.decisions)
             need = total_bytes(predictions, document.world_size)
             if memory is not None and need > memory:
-                reason = f"its ranks need {need / GIB:,.1f} GiB together, and this machine has {memory / GIB:,.1f} GiB"
+                reason = f"its ranks need {gib(need)} together, and this machine has {gib(memory)}"
                 measured.append(replace(paradigm, why_not=reason))
                 continue
             click.echo(f"[{index + 1}/{len(document.paradigms)}] running {paradigm.name}", err=True)
