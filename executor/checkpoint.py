@@ -1,21 +1,20 @@
 """Checkpoints: saved while training goes on, whole or not at all, and readable under any plan.
 
-`torch.distributed.checkpoint` stores rectangles of global tensors and reads any other rectangles back. A rank's shard of a flat
-buffer is a run of elements of each piece, which is at most three rectangles. Stored are, by global
+`torch.distributed.checkpoint` stores rectangles of global tensors and reads any other rectangles back (`executor.chunks`). Stored are, by global
 parameter name, the weights in the optimizer's precision (`model.*`) and its moments (`first.*`, `second.*`); of a traced module also its
 buffers (`buffer.*`), those of the first data-parallel rank.
 
 A checkpoint `step-N` is written as `step-N.partial` and renamed when every rank's part is there. Beside the tensors lies `training.json`
-(step, seed, model, every file's checksum), from which the data's position follows, since data depend on seed and step alone.
+(step, seed, model, every file's checksum and its own), from which the data's position follows, since data depend on seed and step alone.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,20 +22,20 @@ import msgspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from executor.checkpoint_reader import read
 from executor.checksums import Writer
-from executor.optimizer import UnitOptimizer
+from executor.chunks import Chunk, all_chunks
 from executor.rank import RankTrainer
-from executor.units import Piece
 from planner.documents import Document, dumps, load, write_text
-from planner.errors import InputError
+from planner.errors import InputError, MeshwrightError
 from planner.model import ModelSpec
-from planner.plan import plan_hash
+from planner.plan import digest, plan_hash, replace
 from planner.traced import TracedModel
 
 SCHEMA = "meshwright.checkpoint/1"
@@ -55,75 +54,12 @@ class TrainingState(Document, frozen=True, kw_only=True):
     """The module, where it is not a transformer of ours."""
     checksums: dict[str, int] = {}
     """CRC-32 by file; empty where the checkpoint was written without."""
+    digest: str = ""
+    """SHA-256 of all the rest of this document; empty where it was written without."""
 
     @property
     def trained(self) -> ModelSpec | TracedModel | None:
         return self.model or self.traced
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A rectangle of a global tensor that this rank holds."""
-
-    name: str
-    offsets: tuple[int, ...]
-    size: tuple[int, ...]
-    """The global tensor's."""
-    tensor: torch.Tensor
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}@{','.join(map(str, self.offsets))}"
-
-    @property
-    def storage(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.shape)
-
-
-def rectangles(piece: Piece, first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Elements `first:last` of a piece, row by row, as (offsets in the whole parameter, shape, elements before it)."""
-    if len(piece.shape) == 1:
-        yield (piece.start + first,), (last - first,), 0
-        return
-    columns = piece.local_shape[1]
-    row_start, column_start = (piece.start, 0) if piece.dim == 0 else (0, piece.start)
-    position = first
-    while position < last:
-        row, column = divmod(position, columns)
-        rows = (last - position) // columns if column == 0 else 0
-        width = columns if rows else min(columns - column, last - position)
-        yield (row_start + row, column_start + column), (max(rows, 1), width), position - first
-        position += max(rows, 1) * width
-
-
-def chunks(optimizer: UnitOptimizer, *, owned_only: bool) -> Iterator[Chunk]:
-    """The unit's part of every stored tensor. With `owned_only`, without what another rank stores."""
-    unit = optimizer.unit
-    if owned_only and (unit.tied_copy or unit.replicate.index or (unit.zero_stage == 0 and unit.dp.index)):
-        return
-    tensors = {"model": optimizer.master if optimizer.master is not None else unit.weight_shard}
-    tensors |= {name: tensor for name, tensor in optimizer.tensors.items() if name != "master"}
-    low, high = unit.shard_start, unit.shard_start + unit.shard_numel
-    for entry, offset in zip(unit.layout.entries, unit.layout.offsets, strict=True):
-        for piece in entry.pieces:
-            elsewhere = (entry.replicated and unit.tp.index > 0) or (piece.copies and unit.key_value.index > 0)
-            first, last = max(offset, low), min(offset + piece.numel, high)
-            if first < last and not (owned_only and elsewhere):
-                for offsets, shape, before in rectangles(piece, first - offset, last - offset):
-                    start = first - low + before
-                    for kind, flat in tensors.items():
-                        part = flat[start : start + torch.Size(shape).numel()].view(shape)
-                        yield Chunk(f"{kind}.{piece.name}", offsets, piece.shape, part)
-            offset += piece.numel
-
-
-def all_chunks(trainer: RankTrainer, *, owned_only: bool) -> list[Chunk]:
-    """All that a rank stores or, without `owned_only`, reads."""
-    found = [chunk for optimizer in trainer.optimizers for chunk in chunks(optimizer, owned_only=owned_only)]
-    if not (owned_only and trainer.mesh.dp.index):
-        for name, tensor in trainer.buffers.items():
-            found.append(Chunk(f"buffer.{name}", (0,), (tensor.numel(),), tensor.view(-1)))
-    return found
 
 
 class _Save(DefaultSavePlanner):
@@ -180,25 +116,28 @@ class _Load(DefaultLoadPlanner):
 
 
 class Checkpointer:
-    """Saves a trainer's state to `folder`, one checkpoint at a time."""
+    """Saves a trainer's state to `folder`, one checkpoint at a time. A save that fails leaves nothing, is said on the first rank by `say`, and does
+    not end the run: the disk may have room again at the next."""
 
-    def __init__(self, trainer: RankTrainer, folder: str, *, keep: int = 0) -> None:
+    def __init__(self, trainer: RankTrainer, folder: str, *, keep: int = 0, say: Callable[[str], None] = lambda text: None) -> None:
         self.trainer = trainer
         self.folder = Path(folder)
         self.keep = keep
         """How many of the newest checkpoints stay; 0 for all."""
+        self.say = say
+        self.failure: str | None = None
+        """What became of the last save, on the first rank; None where it is whole."""
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[Any, Writer, int] | None = None
-        self._committed = -1
+        self._settled = -1
 
     def save(self) -> None:
         """Starts a save of the state after `trainer.step_index` steps; waits for the one before it."""
         self.finish()
         trainer, step = self.trainer, self.trainer.step_index
-        partial = self.folder / f"step-{step}.partial"
+        partial = self._partial(step)
         if trainer.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
         if self._group is not None:
             dist.barrier(self._group)
         parts = all_chunks(trainer, owned_only=True)
@@ -209,26 +148,45 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Makes the running save a checkpoint if it is done; waits for nothing. Rank 0's save is done when every rank's is."""
-        if self._pending is not None and self.trainer.mesh.rank == 0:
-            future, writer, step = self._pending
-            if future.done() and step != self._committed:
-                future.result()
-                self._commit(step, writer.checksums)
+        if self._pending is not None and self.trainer.mesh.rank == 0 and self._pending[0].done():
+            self._settle(*self._pending)
 
     def finish(self) -> None:
         """Waits for the running save, and makes it a checkpoint."""
         if self._pending is None:
             return
-        future, writer, step = self._pending
-        self._pending = None
-        future.result()
+        pending, self._pending = self._pending, None
+        pending[0].exception()
         if self._group is not None:
             dist.barrier(self._group)
-        if self.trainer.mesh.rank == 0 and step != self._committed:
+        if self.trainer.mesh.rank == 0:
+            self._settle(*pending)
+
+    def check(self) -> None:
+        """Raises MeshwrightError on the first rank when the last save failed."""
+        if self.failure is not None:
+            raise MeshwrightError(f"all steps are done, but the last checkpoint is missing: {self.failure}")
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"step-{step}.partial"
+
+    def _settle(self, future: Any, writer: Writer, step: int) -> None:
+        """Once for each save, on the first rank: makes what has been written a checkpoint, or says why it is none."""
+        if step == self._settled:
+            return
+        self._settled, self.failure = step, None
+        try:
+            future.result()
             self._commit(step, writer.checksums)
+        except (CheckpointException, InputError, OSError) as error:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            whole = sorted(steps_in(self.folder))
+            last = f"the last whole one is {whole[-1][1]}" if whole else "there is no whole one there"
+            self.failure = f"step {step} could not be saved in {self.folder} ({_reason(error)}); {last}"
+            self.say(f"warning: checkpoint: {self.failure}")
 
     def _commit(self, step: int, checksums: dict[str, int]) -> None:
-        partial, final = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
+        partial, final = self._partial(step), self.folder / f"step-{step}"
         trainer = self.trainer
         model = trainer.plan.inputs.model
         state = TrainingState(
@@ -239,13 +197,22 @@ class Checkpointer:
             traced=model if isinstance(model, TracedModel) else None,
             checksums=checksums,
         )
-        write_text(partial / "training.json", dumps(state))
+        write_text(partial / "training.json", dumps(replace(state, digest=_own_digest(dumps(state)))), "--checkpoint-folder")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        self._committed = step
         if self.keep:
             for _, old in sorted(steps_in(self.folder))[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed, in one line: the first rank's reason that has one."""
+    if isinstance(error, CheckpointException):
+        reasons = [reason for reason, _ in error.failures.values()]
+        error = next((reason for reason in reasons if isinstance(reason, OSError)), reasons[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -269,9 +236,20 @@ def find_checkpoint(path: str, field: str = "--resume") -> Path:
     return found[-1][1]
 
 
+def _own_digest(text: str) -> str:
+    """Of a document in JSON, all but its `digest`."""
+    content = json.loads(text)
+    content.pop("digest", None)
+    return digest(content)
+
+
 def load_state(folder: Path, field: str) -> TrainingState:
     """What the checkpoint in `folder` says beside its tensors."""
-    return load(folder / "training.json", TrainingState, SCHEMA, field)
+    path = folder / "training.json"
+    state = load(path, TrainingState, SCHEMA, field)
+    if state.digest and state.digest != _own_digest(path.read_text(encoding="utf-8")):
+        raise InputError(field, str(path), "a whole checkpoint is expected, and this file is damaged: it does not have its own digest")
+    return state
 
 
 def _read(parts: list[Chunk], folder: Path, field: str) -> None:

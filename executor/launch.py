@@ -130,7 +130,9 @@ def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
             line = progress_line(figures.step, last_step, figures.loss, figures.seconds, num_tokens, figures.gradient_norm, unit)
             stderr_progress(line)
 
-    checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints) if options.checkpoint_every else None
+    checkpointer = None
+    if options.checkpoint_every:
+        checkpointer = Checkpointer(trainer, options.checkpoint_folder, keep=options.keep_checkpoints, say=stderr_progress)
 
     def after_step() -> None:
         if checkpointer is not None:
@@ -146,6 +148,8 @@ def run(plan: Plan | ChainPlan, options: argparse.Namespace) -> None:
         write_run(options.output, *document)
     if mesh.world_size > 1:
         dist.barrier()
+    if checkpointer is not None:
+        checkpointer.check()
 
 
 def run_options(options: argparse.Namespace, training: Training) -> RunOptions:

@@ -69,14 +69,20 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
         raise InputError("--min-learning-rate", options.min_learning_rate, f"at most --learning-rate, {options.learning_rate:g}, is expected")
     if options.min_learning_rate and not options.decay_steps:
         raise InputError("--min-learning-rate", options.min_learning_rate, "it needs --decay-steps: without those the rate does not fall")
+    options.given = frozenset(name for name, value in vars(options).items() if value != parser.get_default(name))
     if options.rehearse:
         _refuse(options, REHEARSAL_HAS_NOT, "a rehearsal does not have it: nothing is trained")
+    if not options.checkpoint_every:
+        _refuse(options, ("checkpoint_folder", "keep_checkpoints"), "it needs --checkpoint-every: without that none are saved")
     if options.resume is not None:
         _refuse(options, ("load",), "it can't be given together with --resume, which has the weights")
     return options
 
 
-REHEARSAL_HAS_NOT = ("data", "load", "resume", "checkpoint_every", "tensorboard", "compile")
+REHEARSAL_HAS_NOT = (
+    *("data", "load", "resume", "checkpoint_every", "tensorboard", "compile"),
+    *("learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "dropout"),
+)
 """Options that a rehearsal does not have."""
 
 
@@ -85,9 +91,9 @@ def _option(name: str) -> str:
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], allowed: str) -> None:
-    """Raises InputError for the first option of `names` that was given."""
+    """Raises InputError for the first option of `names` that was given another value than its default."""
     for name in names:
-        if getattr(options, name):
+        if name in options.given:
             raise InputError(_option(name), getattr(options, name), allowed)
 
 

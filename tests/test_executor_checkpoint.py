@@ -19,7 +19,8 @@ from planner.run import load_run
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
-from executor.checkpoint import SCHEMA, load_state, read_whole, rectangles, steps_in  # noqa: E402
+from executor.checkpoint import SCHEMA, load_state, read_whole, steps_in  # noqa: E402
+from executor.chunks import rectangles  # noqa: E402
 from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
 
@@ -90,9 +91,33 @@ def test_a_damaged_file_is_named_by_whichever_rank_finds_it_and_old_checkpoints_
     line = refused(tmp_path, *again)
     assert line.startswith("plan: --resume: ") and "__1_0.distcp" in line and "CRC-32" in line
     state = json.loads((checkpoint / "training.json").read_text())
-    assert set(state.pop("checksums")) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    (checkpoint / "training.json").write_text(json.dumps({**state, "step": 3}))
+    with pytest.raises(InputError, match=r"training\.json.*its own digest"):
+        load_state(checkpoint, "--resume")
+    assert set(state.pop("checksums")) == {".metadata", "__0_0.distcp", "__1_0.distcp"} and len(state.pop("digest")) == 64
     (checkpoint / "training.json").write_text(json.dumps(state))
     losses(plan, tmp_path, "plan", *again)
+
+
+def test_a_save_that_fails_is_said_and_the_next_is_tried(tmp_path: Path) -> None:
+    write_text(tmp_path / "plan.json", dumps(make_plan("tiny-gpt", "cpu:2", pp=2, m=2, precision="fp32", sequence_length=16)))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name in ("step-1", "step-2.partial"):
+        (saved / name).write_text("in the way")
+    common = [str(tmp_path / "plan.json"), "-o", str(tmp_path / "run.json"), "--checkpoint-every", "1", "--checkpoint-folder", str(saved), "--steps"]
+    done = launch(2, [*common, "3"])
+    warnings = [line for line in done.stderr.splitlines() if not re.match(r"step \d/3", line)]
+    assert (done.returncode, len(warnings)) == (0, 2), done.stderr
+    for line, step, reason in zip(warnings, (1, 2), ("Not a directory", "File exists"), strict=True):
+        assert line == f"warning: checkpoint: step {step} could not be saved in {saved} ({reason}); there is no whole one there"
+    assert [step for step, _ in steps_in(saved)] == [3] and (saved / "step-1").read_text() == "in the way"
+    (saved / "step-4").write_text("in the way")
+    done = launch(2, [*common, "1", "--resume", str(saved)])
+    last = f"step 4 could not be saved in {saved} (Not a directory); the last whole one is {saved / 'step-3'}"
+    assert done.returncode == 1 and f"error: all steps are done, but the last checkpoint is missing: {last}\n" in done.stderr
+    assert len(load_run(tmp_path / "run.json").steps) == 1
+    assert sorted(path.name for path in saved.iterdir()) == ["run.json", "step-1", "step-2.partial", "step-3", "step-4"]
 
 
 @pytest.mark.parametrize("step", [-4, 2**62])

@@ -35,6 +35,9 @@ from tests.plans import make_plan
         (["p.json", "--rehearse", "--resume", "saved"], "--resume"),
         (["p.json", "--rehearse", "--data", "text.txt"], "--data"),
         (["p.json", "--rehearse", "--checkpoint-every", "2"], "--checkpoint-every"),
+        (["p.json", "--rehearse", "--clip-norm", "0"], "--clip-norm"),
+        (["p.json", "--keep-checkpoints", "2"], "--keep-checkpoints"),
+        (["p.json", "--checkpoint-folder", "saved"], "--checkpoint-folder"),
         (["p.json", "--resume", "saved", "--load", "weights"], "--load"),
     ],
 )

@@ -94,14 +94,11 @@ def test_a_checkpoint_goes_on_under_another_plan(tmp_path):
     for name, plan in (("first", first), ("second", second)):
         write_text(tmp_path / f"{name}.json", dumps(plan))
     found = []
-    for name, steps, more in (
-        ("second", 5, ()), ("first", 3, ("--checkpoint-every", "3")), ("second", 2, ("--resume", "checkpoints", "--checkpoint-every", "5")),
-    ):  # fmt: skip
+    saved = str(tmp_path / "checkpoints")
+    save = ["--checkpoint-folder", saved, "--checkpoint-every"]
+    for name, steps, more in (("second", 5, []), ("first", 3, [*save, "3"]), ("second", 2, ["--resume", saved, *save, "5"])):
         run = tmp_path / "run.json"
-        done = command(
-            "run", str(tmp_path / f"{name}.json"), "--model", RESIDUAL, "--steps", str(steps), "-o", str(run),
-            "--checkpoint-folder", str(tmp_path / "checkpoints"), *(str(tmp_path / part) if part == "checkpoints" else part for part in more),
-        )  # fmt: skip
+        done = command("run", str(tmp_path / f"{name}.json"), "--model", RESIDUAL, "--steps", str(steps), "-o", str(run), *more)
         assert done.returncode == 0, done.stderr
         found.append([step.loss for step in load_run(str(run)).steps])
     whole, *parts = found
