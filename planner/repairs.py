@@ -23,7 +23,7 @@ from planner.candidates import (
 from planner.chain import Costs
 from planner.cluster import with_num_gpus
 from planner.errors import DoesNotFitError, InputError, SolverError
-from planner.estimate import capacity_bytes
+from planner.estimate import capacity_bytes, predict
 from planner.explore import explore
 from planner.memory import predict_memory
 from planner.plan import Decisions, Inputs, check, even_stages, replace
@@ -131,7 +131,7 @@ def more_memory(inputs: Inputs, constraints: Constraints, need: float) -> Iterat
         return
     least = math.ceil(100 * (need + inputs.cluster.gpu.reserved_bytes) / inputs.cluster.gpu.memory_bytes) / 100
     for share in sorted({min(least, 1.0), 1.0}):
-        plan = _quick(replace(inputs, training=replace(inputs.training, memory_fraction=share)), constraints)
+        plan = _least_or_better(replace(inputs, training=replace(inputs.training, memory_fraction=share)), constraints)
         if plan is not None:
             yield plan[0], f"--memory-fraction {share} ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
             return
@@ -148,12 +148,7 @@ def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
     relaxed, per_node = dataclasses.replace(constraints, fixed=fixed), inputs.cluster.gpus_per_node
 
     def plan_on(count: int) -> tuple[float, Decisions] | None:
-        larger = replace(inputs, cluster=with_num_gpus(inputs.cluster, count))
-        try:
-            _, _, over, _ = closest(larger, relaxed)
-        except InputError:
-            return None
-        return None if over > 0 else _quick(larger, relaxed)
+        return _least_or_better(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), relaxed)
 
     low = inputs.cluster.num_gpus
     for count in itertools.takewhile(lambda count: count <= MOST_GPUS, (low * 2**times for times in itertools.count(1))):
@@ -185,6 +180,19 @@ def fewer_gpus(inputs: Inputs, constraints: Constraints, seconds: float) -> tupl
         if plan is not None:
             return (f"{fewer} of these GPUs are faster: a step of {duration(plan[0])} ({degrees_in_words(plan[1])}), since {count} divide badly",)
     return ()
+
+
+def _least_or_better(inputs: Inputs, constraints: Constraints) -> tuple[float, Decisions] | None:
+    """The best plan that a short search finds, or else the one that needs least memory; None where even that does not fit."""
+    try:
+        least, _, over, _ = closest(inputs, constraints)
+    except InputError:
+        return None
+    if over > 0:
+        return None
+    seconds = predict(inputs, least).time.step_seconds
+    assert seconds is not None
+    return _quick(inputs, constraints) or (seconds, least)
 
 
 def _quick(inputs: Inputs, constraints: Constraints, cutoff: float = math.inf) -> tuple[float, Decisions] | None:
