@@ -52,6 +52,7 @@ WRONG = [
     (["validate", "--report", LONG], "File name too long"),
     (["demo", "-o", LONG], "--output"),
     (["demo", "-o", ""], "--output"),
+    (["demo", "--model", "gpt3"], "--model"),
     (["estimate", "--model", "gpt3", "-o", "never.html"], "--gpus"),
     (["solve", "--model", "gpt2", "--cluster", "a100:1", "--global-batch-size", "8", "--gap", "nan"], "--gap"),
     (["solve", "--model", "gpt2", "--cluster", "a100:1", "--global-batch-size", "8", "--time-limit", "inf"], "--time-limit"),

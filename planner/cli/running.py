@@ -18,6 +18,7 @@ from planner.errors import InputError, MeshwrightError
 from planner.lifeline import child_environment, exit_on_signals
 from planner.places import check_folder, check_output
 from planner.plan import load_plan
+from planner.words import gib
 
 
 def need_executor() -> None:
@@ -138,7 +139,10 @@ def demo(model: str, steps: int, output: str) -> int:
     from planner.model import load_model
 
     need_executor()
-    length = min(load_model(model).max_sequence_length, 256)
+    spec = load_model(model)
+    if 16 * spec.num_parameters > _machine_bytes():
+        raise InputError("--model", model, f"one is expected whose training state, 16 bytes a parameter, fits this machine's {gib(_machine_bytes())}")
+    length = min(spec.max_sequence_length, 256)
     check_folder("--output", output)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +240,11 @@ def paradigms(
     return 0
 
 
+def _machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, steps: int) -> Any:
     """Runs every paradigm that has a plan, one after the other; not those that need more memory than this machine's CPUs have."""
     import tempfile
@@ -246,10 +255,9 @@ def _measure_paradigms(model: Any, cluster: Any, training: Any, document: Any, s
     from planner.paradigms import as_plan, total_bytes, with_measurement
     from planner.plan import Inputs, replace
     from planner.run import load_run
-    from planner.words import gib
 
     inputs = Inputs(model=model, cluster=with_num_gpus(cluster, document.world_size), training=training)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if cluster.device == "cpu" else None
+    memory = _machine_bytes() if cluster.device == "cpu" else None
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for index, paradigm in enumerate(document.paradigms):
