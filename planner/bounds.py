@@ -201,7 +201,7 @@ def rank_rooms(
                 parameters += costs.parameters(decisions, kind)  # type: ignore[arg-type]
         if free < 0:
             return None
-        free -= transient
+        free -= min(transient, needs["head", "none"].backward_transient) if rank == last else transient  # the head runs back before its blocks
         points = []
         for level in levels:
             each = states + flight * needs["block", level].saved

@@ -51,7 +51,7 @@ class Constraints:
     time_limit_seconds: float | None = None
     """Wall-clock seconds of the search; then the best plan found is given with its gap."""
     accepted_gap: float = 0.01
-    """Once a search has taken 8 CPU-seconds, a plan within this share of the bound is enough; 0: never."""
+    """Once a search has taken 7 CPU-seconds, a plan within this share of the bound is enough; 0: never."""
     free_cuts: bool = False
     """Whether schedules with several stages per rank may cut anywhere, too; by default their cuts are regular (`chain.regular_sizes`)."""
     solver: str | None = None

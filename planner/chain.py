@@ -53,20 +53,25 @@ class LayerLoad(NamedTuple):
     states: float
     saved: float
     deferred: float
+    left: float
+    """Of the micro-batch at work, once a layer below is at work in its backward pass."""
     forward_transient: float
     backward_transient: float
     weight_transient: float
 
 
 def layer_load(inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute) -> LayerLoad:
-    """`memory.layer_needs` as terms that add up, without states: a stage never needs more than its layers' saved and deferred bytes of
-    each micro-batch, and the largest transient; `predict_memory` is exact, and below that where these are not at one time.
+    """`memory.layer_needs` as terms that add up, without states. With one pipeline rank they are what `predict_memory` finds. With several they lie
+    above that by some boundary activations: the last layer of a stage is taken for one further down where that needs more, and the gradient that
+    the stage has received for one with each layer.
     """
-    need = layer_needs(inputs, decisions, kind, recompute, held=kind == "block")
-    held = boundary_bytes(inputs, decisions) if kind != "head" and decisions.pipeline_parallel > 1 else 0
-    deferred = need.deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
-    weights = sum(need.weights) + held - deferred if decisions.schedule in SPLIT_BACKWARD_SCHEDULES else 0
-    return LayerLoad(0.0, need.kept, deferred, sum(need.forward) - need.kept, sum(need.backward) + held - need.kept, weights)
+    several, split = decisions.pipeline_parallel > 1, decisions.schedule in SPLIT_BACKWARD_SCHEDULES
+    needs = [layer_needs(inputs, decisions, kind, recompute, held=held) for held in ((False, True) if several and kind == "block" else (False,))]
+    kept, deferred = max(need.kept for need in needs), max(need.deferred for need in needs) if split else 0
+    forward, backward, weights = (max(sum(getattr(need, name)) for need in needs) for name in ("forward", "backward", "weights"))
+    put_off = split and not decisions.sequence_parallel and inputs.model.num_norms_per_layer < 4  # among what the last layer defers
+    received = boundary_bytes(inputs, decisions) if several and kind != "head" and not put_off else 0
+    return LayerLoad(0.0, kept, deferred, deferred + received, forward - kept, backward - kept, weights - deferred if split else 0)
 
 
 class Costs:
@@ -85,7 +90,7 @@ class Costs:
         self._pieces: dict[object, tuple[Piece, ...]] = {}
         self._optimizer: dict[object, Piece] = {}
         self._blocks: dict[object, LayerSeconds] = {}
-        self._fixed: dict[object, int] = {}
+        self._fixed: dict[object, tuple[float, ...]] = {}
         self._links: dict[object, list[float]] = {}
         self._bytes: dict[object, dict[Layer, LayerLoad]] = {}
         self._loads: dict[object, LayerLoad] = {}
@@ -129,6 +134,7 @@ class Costs:
             decisions.zero_stage,
             decisions.data_parallel // decisions.data_parallel_replicate if decisions.zero_stage else 0,
             copy,
+            decisions.pipeline_parallel > 1,
             decisions.schedule in SPLIT_BACKWARD_SCHEDULES,
         )
         found = self._bytes.get(key)
@@ -170,8 +176,8 @@ class Costs:
         ends = self.parameters(decisions, "embedding") + self.parameters(decisions, "head")
         return ends + self.inputs.model.num_layers * self.parameters(decisions, "block")
 
-    def limit(self, decisions: Decisions) -> float:
-        """Bytes of a rank that its layers may need: the capacity without what a rank needs beside them."""
+    def limits(self, decisions: Decisions) -> tuple[float, ...]:
+        """Bytes of each rank that its layers may need: the capacity without what the rank needs beside them."""
         key = (
             decisions.schedule,
             decisions.pipeline_parallel,
@@ -182,8 +188,8 @@ class Costs:
             decisions.sequence_parallel,
         )
         if key not in self._fixed:
-            self._fixed[key] = fixed_bytes(self.inputs, decisions)
-        return float(self.capacity - self._fixed[key])
+            self._fixed[key] = tuple(float(self.capacity - fixed) for fixed in fixed_bytes(self.inputs, decisions))
+        return self._fixed[key]
 
     def reduce_pieces(self, decisions: Decisions) -> tuple[Piece, ...]:
         """Tangents of the reduction's seconds by a stage's parameters, which are convex and piecewise linear.
@@ -309,6 +315,7 @@ class Costs:
                         need.backward_transient,
                         need.deferred,
                         need.weight_transient,
+                        (0.0, need.left, 0.0),
                     )
                 )
             return Run(kind, length, tuple(options), needs[kind, names[0]].states, self.parameters(decisions, kind))
@@ -317,7 +324,7 @@ class Costs:
         return Pipeline(
             runs=(run("embedding", 1, ("none",)), run("block", self.inputs.model.num_layers, levels), run("head", 1, ("none",))),
             ranks=ranks,
-            limits=(self.limit(decisions),) * decisions.pipeline_parallel,
+            limits=self.limits(decisions),
             moments=()
             if timed_only
             else memory_moments(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages, decisions.num_microbatches),

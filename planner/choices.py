@@ -175,8 +175,6 @@ def _moment_table(
             need = load.states + saved * load.saved + deferred * load.deferred
             if stage == moment.stage:
                 need += load.transients[moment.direction]
-                if moment.direction == "B":
-                    need += load.active - load.saved
             column.append(need)
         table.append(column)
     return table

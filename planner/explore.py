@@ -63,7 +63,7 @@ RELAXED_ROUNDS, CUT_ROUNDS = 4, 8
 """Linear relaxations of a candidate before the next candidate has its turn."""
 FIRST_PLANS = 2
 """Plans that are looked for before anything is proven."""
-PATIENCE_SECONDS = 8.0
+PATIENCE_SECONDS = 7.0
 """CPU-seconds of a search after which a plan within the accepted gap is enough."""
 SETTLE_SECONDS = 0.1
 """CPU-seconds for the stages of one candidate that has lost already, as far as its programs keep to it."""
@@ -106,6 +106,8 @@ class Outcome(NamedTuple):
     """Whether ranks share cores, so that step times are walked and not proven."""
     late: bool
     """Whether the time limit has passed."""
+    least: bool = False
+    """Whether nothing was found, and the plan stands in that needs least memory."""
 
 
 def explore(costs: Costs, constraints: Constraints, cutoff: float = math.inf) -> Outcome:
@@ -140,7 +142,7 @@ class _Search:
         self.costs, self.constraints, self.inputs = costs, constraints, costs.inputs
         self.levels = recompute_levels(constraints)
         if not self.levels:
-            raise InputError("forbidden", "recompute", "at least one of none, selective, full must stay allowed")
+            raise InputError("--forbid", "recompute", "at least one of none, selective, full must stay allowed")
         self.started = time.monotonic()
         limit = constraints.time_limit_seconds
         self.deadline = None if limit is None else self.started + limit

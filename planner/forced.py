@@ -120,9 +120,13 @@ def _held(held: Sequence[tuple[float, float, float]], moment: Moment) -> float:
 
 
 def _least_transients(pipeline: Pipeline, counts: Sequence[int], direction: str) -> float:
-    """Of the transients of a stage, what every option needs."""
-    present = (run for run, count in zip(pipeline.runs, counts, strict=True) if count)
-    return max((min(option.transient(direction) for option in run.options) for run in present), default=0.0)
+    """Of what a stage needs beyond what it saves while it works, what every option needs."""
+    most = back = 0.0
+    for run, count in zip(reversed(pipeline.runs), reversed(counts), strict=True):
+        if count:
+            most = max(most, min(option.transient(direction) for option in run.options) - back)
+            back += count * max(option.given_back(direction) for option in run.options)
+    return most
 
 
 def _cheapest(run: Run, counts: Sequence[Sequence[int]], chosen: int, moment: Moment, extra: Sequence[float], lack: float) -> float:

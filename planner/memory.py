@@ -30,6 +30,7 @@ from planner.plan import (
     has_embedding,
     has_head,
     stage_blocks,
+    stage_ranks,
 )
 from planner.schedule import IN_TURN_SCHEDULES, Actions, compute_actions
 from planner.shapes import shape_of
@@ -224,21 +225,40 @@ def optimizer_buffer_bytes(inputs: Inputs, decisions: Decisions, pipeline_rank: 
     return 4 * min(OPTIMIZER_CHUNK_ELEMENTS, largest)
 
 
-def fixed_bytes(inputs: Inputs, decisions: Decisions) -> int:
-    """What a rank needs at most beside its layers: the step's batch, tables of positions, the optimizer's chunk, what passes between two of
-    its own stages, and what it has sent; `decisions.stages` is not read."""
-    p, v = decisions.pipeline_parallel, decisions.num_virtual_stages
-    sent = min(p - 1, 2) * v * boundary_bytes(inputs, decisions) if decisions.schedule in IN_TURN_SCHEDULES else 0
-    own = 2 * boundary_bytes(inputs, decisions) if p > 1 and v > 1 else 0
-    if inputs.training.profile == "megatron":
-        return own + sent
-    tokens = decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
-    chunk = 0
-    if inputs.training.precision == "mixed-bf16":
-        kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
-        units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
-        chunk = 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units))
-    return 16 * tokens + position_bytes(inputs, decisions) + chunk + own + sent
+def fixed_bytes(inputs: Inputs, decisions: Decisions) -> tuple[int, ...]:
+    """What each pipeline rank needs at most beside its layers: the step's batch, tables of positions, what passes between two of its own stages,
+    what it has sent, and what the optimizer's chunk needs beyond the least of layers; `decisions.stages` is not read."""
+    p = decisions.pipeline_parallel
+    owners = stage_ranks(decisions.schedule, p, decisions.num_virtual_stages)
+    boundary, megatron = boundary_bytes(inputs, decisions), inputs.training.profile == "megatron"
+    tokens = 0 if megatron else decisions.num_microbatches * decisions.micro_batch_size * inputs.training.sequence_length
+    chunk = positions = 0
+    if not megatron:
+        chunk, positions = _optimizer_chunk(inputs, decisions), position_bytes(inputs, decisions)
+    found = []
+    for rank in range(p):
+        mine = [stage for stage, owner in enumerate(owners) if owner == rank]
+        neighbours = [(stage, to) for stage in mine for to in (stage - 1, stage + 1) if 0 <= to < len(owners)]
+        sent = sum(owners[to] != rank for _, to in neighbours) if decisions.schedule in IN_TURN_SCHEDULES else 0
+        own = sum(owners[to] == rank for _, to in neighbours)
+        ends = (owners[0] == rank) + (owners[-1] == rank)
+        found.append(8 * tokens * ends + positions + (sent + own) * boundary + chunk)
+    return tuple(found)
+
+
+def _optimizer_chunk(inputs: Inputs, decisions: Decisions) -> int:
+    """Bytes of the optimizer's chunk that may not find room where the layers of any rank have had their activations."""
+    if inputs.training.precision != "mixed-bf16":
+        return 0
+    kinds: tuple[LayerKind, ...] = ("embedding", "block", "head")
+    units = [unit for kind in kinds for unit in layer_units(inputs.model, kind, decisions.tensor_parallel, tied_copy=True)]
+    least = [sum(layer_needs(inputs, decisions, kind, level).backward) for kind, level in _LEAST]
+    activations = max(least) if decisions.pipeline_parallel == 1 else min(least)
+    return max(0, 4 * min(OPTIMIZER_CHUNK_ELEMENTS, max(units)) - activations)
+
+
+_LEAST: tuple[tuple[LayerKind, Recompute], ...] = (("embedding", "none"), ("block", "full"), ("head", "none"))
+"""Layers that need least of their kind."""
 
 
 def walk_rank(actions: Actions, stages: dict[int, StageNeeds], boundary: int, decisions: Decisions) -> Peak:

@@ -29,10 +29,21 @@ class Option(NamedTuple):
     """Bytes kept per micro-batch from the backward pass of the input gradients to that of the weights."""
     weight_transient: float = 0.0
     """Bytes needed beyond `deferred` while the latter runs."""
+    above: tuple[float, float, float] | None = None
+    """Bytes of the micro-batch at work that the layer has while one below it on its stage is at work, forward, backward and on the weights;
+    None for the most that it ever has. Of a run, layers with the first option lie at the top of a stage."""
 
     def transient(self, direction: str) -> float:
         """Of a direction: F, B or W."""
         return self.forward_transient if direction == "F" else self.backward_transient if direction == "B" else self.weight_transient
+
+    def given_back(self, direction: str) -> float:
+        """Bytes that it has less while a layer below it on its stage is at work in a direction, of what a micro-batch saves or defers; negative
+        where it has more."""
+        held = self.deferred if direction == "W" else self.saved
+        if self.above is None:
+            return min(0.0, self.saved - self.deferred) if direction == "B" else 0.0
+        return held - self.above["FBW".index(direction)]
 
     def seconds(self, kind: str) -> float:
         """Of a compute action: F, B, I or W."""
@@ -186,29 +197,35 @@ def _edge_uses(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) 
 
 
 class StageLoad(NamedTuple):
-    """Bytes of a stage: its states, what one micro-batch saves, defers, and has of the larger of both, and its transients."""
+    """Bytes of a stage: its states, what one micro-batch saves and defers, and what it needs beyond that while it works, by direction."""
 
     states: float
     saved: float
     deferred: float
-    active: float
     transients: dict[str, float]
 
 
 def stage_load(pipeline: Pipeline, rows: Sequence[Sequence[float]]) -> StageLoad:
     """Bytes of a stage with these layers by run and option."""
-    states = saved = deferred = active = forward = backward = weights = 0.0
+    states = saved = deferred = 0.0
     for run, row in zip(pipeline.runs, rows, strict=True):
         for option, count in zip(run.options, row, strict=True):
             if count:
                 states += count * run.states
                 saved += count * option.saved
                 deferred += count * option.deferred
-                active += count * (option.saved if option.saved > option.deferred else option.deferred)
-                forward = max(forward, option.forward_transient)
-                backward = max(backward, option.backward_transient)
-                weights = max(weights, option.weight_transient)
-    return StageLoad(states, saved, deferred, active, {"F": forward, "B": backward, "W": weights})
+    transients = {"F": 0.0, "B": 0.0, "W": 0.0}
+    for direction in "FBW" if "W" in pipeline.kinds else "FB":
+        back = most = 0.0
+        for run, row in zip(reversed(pipeline.runs), reversed(rows), strict=True):
+            for option, count in zip(run.options, row, strict=True):
+                if count:
+                    each = option.given_back(direction)
+                    more = -count * each if each < 0.0 else 0.0
+                    most = max(most, option.transient(direction) - back + more, more - back)
+                    back += count * each
+        transients[direction] = most
+    return StageLoad(states, saved, deferred, transients)
 
 
 def stage_loads(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]]) -> list[StageLoad]:
@@ -217,16 +234,13 @@ def stage_loads(pipeline: Pipeline, counts: Sequence[Sequence[Sequence[float]]])
     for stage, edge, _, leaves, _ in _edge_uses(pipeline, counts):
         if edge.kept:
             kept = edge.kept * leaves
-            found[stage] = found[stage]._replace(saved=found[stage].saved + kept, active=found[stage].active + kept)
+            found[stage] = found[stage]._replace(saved=found[stage].saved + kept)
     return found
 
 
 def moment_bytes(moment: Moment, loads: Sequence[StageLoad] | Mapping[int, StageLoad]) -> float:
     """Bytes that the layers of a rank need at a moment; loads by stage, of that rank's at least."""
-    acting = loads[moment.stage]
-    total = acting.transients[moment.direction]
-    if moment.direction == "B":  # layer by layer, what was saved gives way to what is deferred
-        total += acting.active - acting.saved
+    total = loads[moment.stage].transients[moment.direction]
     for stage, saved, deferred in moment.in_flight:
         load = loads[stage]
         total += load.states + saved * load.saved + deferred * load.deferred

@@ -27,7 +27,8 @@ Variables, the first two rows integer:
     Σ_{s on the rank} Σ (e_r + k_s a[r,o] + l_s a'[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment   _memory
         of each rank that can be its peak: k_s micro-batches of stage s saved, l_s deferred (their weight gradients are
         to be done) while stage s* goes in direction d
-    τ[s,d] >= τ[r,o,d] z[s,r,o],  x[s,r,o] <= n_r z[s,r,o]                the largest transient counts  _transients
+    τ[s,d] >= τ[r,o,d] z[s,r,o] - Σ (given back) x[s,r',o'] of what lies above (r,o) on the stage,
+    x[s,r,o] <= n_r z[s,r,o]                                              the fullest layer counts      _transients
     T >= Σ_s (N_F F[s] + N_B B[s] + ...) + messages + reduction + optimizer
         for each path through the schedule's graph, N its counts          fill, steady state, drain     _path
     T <= cutoff                                                           better than what is known     lower_cutoff
@@ -48,7 +49,7 @@ from typing import Any, NamedTuple
 
 from planner.critical_path import Graph, Key, Path, path_seconds
 from planner.errors import SolverError
-from planner.pipeline import Choice, Edge, Moment, Option, Pipeline, moment_bytes, stage_loads
+from planner.pipeline import Choice, Edge, Moment, Pipeline, moment_bytes, stage_loads
 
 TOLERANCE = 1e-6
 """Relative gap below which a plan counts as proven optimal; it is the solver's own feasibility tolerance."""
@@ -245,7 +246,7 @@ class Program:
         self.known_moments.add(moment)
         limit, byte = self.pipeline.limits[moment.rank], self._byte(moment.rank)
         terms = [
-            (x, (run.states + saved * option.saved + deferred * option.deferred + _giving_way(moment, stage, option)) * byte)
+            (x, (run.states + saved * option.saved + deferred * option.deferred) * byte)
             for stage, saved, deferred in moment.in_flight
             for run, row in zip(self.pipeline.runs, self.x[stage], strict=True)
             for option, x in zip(run.options, row, strict=False)
@@ -264,20 +265,25 @@ class Program:
         return self.transients[stage, direction] if known else self._transients(stage, direction)
 
     def _transients(self, stage: int, direction: str) -> Any:
-        """τ of a stage in one direction."""
+        """τ of a stage in one direction: of the layer at which it is largest, when those above it have given back what they can."""
         name = f"{stage}_{direction}"
         tau = self.transients[stage, direction] = self.problem.add_variable(f"tau_{name}", 0)
         byte = self._byte(self.pipeline.ranks[stage])
-        for r, run in enumerate(self.pipeline.runs):
+        above: list[tuple[Any, float]] = []  # what the layers above give back
+        for r, run in reversed(list(enumerate(self.pipeline.runs))):
             for o, (option, x) in enumerate(zip(run.options, self.x[stage][r], strict=False)):
-                need = option.transient(direction) * byte
-                if need <= 0:
-                    continue
-                used = x
-                if x.upBound > 1:
+                need, each = option.transient(direction) * byte, option.given_back(direction) * byte
+                mine = list(above)
+                if need > 0 and x.upBound > 1:
                     used = self.problem.add_variable(f"z_{name}_{r}_{o}", 0, 1, "Integer")
                     self._add([(x, 1.0), (used, -float(x.upBound))], -1, 0.0)
-                self._add([(tau, 1.0), (used, -need)], 1, 0.0)
+                    mine += [(used, -need), (x, min(each, 0.0))]
+                else:
+                    mine.append((x, min(each, 0.0) - max(need, 0.0)))
+                if any(value < 0 for _, value in mine):
+                    self._add([(tau, 1.0), *mine], 1, 0.0)
+                if each:
+                    above.append((x, each))
         return tau
 
     def add_path(self, path: Path) -> bool:
@@ -411,11 +417,6 @@ def _open_cuts(pipeline: Pipeline) -> list[list[int]]:
         end += run.length
         found.append([stage for stage in range(pipeline.num_stages - 1) if stage + 1 < end < slack + stage + 1])
     return found
-
-
-def _giving_way(moment: Moment, stage: int, option: Option) -> float:
-    """What a layer of the stage at work in a backward pass needs beyond what it has saved, when it defers more than that."""
-    return max(0.0, option.deferred - option.saved) if moment.direction == "B" and stage == moment.stage else 0.0
 
 
 def _weight(moment: Moment) -> tuple[int, bool, int]:

@@ -42,6 +42,8 @@ FLAGS = {
 }
 MOST_GPUS = 65536
 """Up to which more GPUs are tried."""
+UNEVEN = 0.25
+"""Share of the capacity that even stages may lack where uneven ones are still looked for."""
 REPAIR_SECONDS = 4.0
 """Wall-clock seconds that one relaxed search for a repair may take."""
 
@@ -122,7 +124,8 @@ def repairs(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[s
     more = more_gpus(inputs, constraints)
     if more is not None:
         yield more
-    yield f"GPUs with {gib(need + inputs.cluster.gpu.reserved_bytes)} of memory or more"
+    enough = (need + inputs.cluster.gpu.reserved_bytes) / inputs.training.memory_fraction
+    yield f"GPUs with {gib(enough, up=True)} of memory or more"
 
 
 def more_memory(inputs: Inputs, constraints: Constraints, need: float) -> Iterator[tuple[float, str]]:
@@ -188,11 +191,14 @@ def _least_or_better(inputs: Inputs, constraints: Constraints) -> tuple[float, D
         least, _, over, _ = closest(inputs, constraints)
     except InputError:
         return None
-    if over > 0:
+    if over > UNEVEN * capacity_bytes(inputs):
         return None
-    seconds = predict(inputs, least).time.step_seconds
-    assert seconds is not None
-    return _quick(inputs, constraints) or (seconds, least)
+    found = _quick(inputs, constraints)
+    if found is None and over <= 0:
+        seconds = predict(inputs, least).time.step_seconds
+        assert seconds is not None
+        found = seconds, least
+    return found
 
 
 def _quick(inputs: Inputs, constraints: Constraints, cutoff: float = math.inf) -> tuple[float, Decisions] | None:

@@ -15,7 +15,7 @@ from planner.candidates import Constraints
 from planner.chain import Costs
 from planner.errors import SolverError
 from planner.estimate import predict
-from planner.explore import Outcome, explore
+from planner.explore import Found, Outcome, explore
 from planner.plan import Inputs, Plan, SolverReport, check, digest
 from planner.solver import TOLERANCE
 
@@ -34,9 +34,8 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
     costs = Costs(inputs)
     outcome = explore(costs, asked)
     if outcome.best is None:
-        if not outcome.proven and not outcome.shared:
-            raise SolverError(f"no plan was found within the time limit of {asked.time_limit_seconds:g} s; none is proven impossible either")
-        raise repairs.does_not_fit(costs, asked)
+        outcome = _least(costs, asked, outcome)
+    assert outcome.best is not None
     decisions = outcome.best.decisions
     check(inputs, decisions, "plan")
     gap = max(0.0, 1.0 - outcome.bound / outcome.best.seconds)
@@ -60,6 +59,19 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
     )
 
 
+def _least(costs: Costs, asked: Constraints, outcome: Outcome) -> Outcome:
+    """The plan that needs least memory, where the search has found none and that one fits: the ILP's bound on memory lies a little above
+    `predict_memory`. Raises DoesNotFitError or, where the time limit has passed, SolverError."""
+    plan, _, over, _ = repairs.closest(costs.inputs, asked)
+    if over > 0:
+        if not outcome.proven and not outcome.shared:
+            raise SolverError(f"no plan was found within the time limit of {asked.time_limit_seconds:g} s; none is proven impossible either")
+        raise repairs.does_not_fit(costs, asked)
+    seconds = predict(costs.inputs, plan).time.step_seconds
+    assert seconds is not None
+    return outcome._replace(best=Found(plan, seconds), bound=costs.step_seconds, proven=False, least=True)
+
+
 @contextlib.contextmanager
 def _little_garbage() -> Iterator[None]:
     """Looks for garbage in cycles less often: a search makes millions of tuples and hardly a cycle, and looking takes a tenth of its time."""
@@ -74,6 +86,8 @@ def _little_garbage() -> Iterator[None]:
 def _status(outcome: Outcome) -> str:
     if outcome.proven:
         return "optimal"
+    if outcome.least:
+        return "not proven: the plan that needs least memory"
     if outcome.shared:
         return "not proven: cores are shared"
     return "time limit" if outcome.late else "gap accepted"

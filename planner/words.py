@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from planner.plan import Decisions
 
 GIB = 2**30
@@ -12,8 +14,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
+def gib(num_bytes: float, *, up: bool = False) -> str:
+    """With one decimal, the nearest or, with `up`, the next."""
+    unit, name = (GIB, "GiB") if num_bytes >= 0.1 * GIB else (2**20, "MiB")
+    return f"{math.ceil(10 * num_bytes / unit) / 10 if up else num_bytes / unit:.1f} {name}"
 
 
 def degrees_in_words(decisions: Decisions, left_out: str = "") -> str:

@@ -15,6 +15,7 @@ from planner.moments import mean_in_flight, memory_moments
 from planner.pipeline import Option, Piece, Pipeline, Run, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from planner.solver import solve_pipeline
+from tests.test_solver import giving_back
 
 SHAPES = [("1F1B", 3, 1, 5), ("Interleaved1F1B", 2, 2, 4), ("InterleavedZeroBubble", 2, 2, 6), ("ZBVZeroBubble", 2, 2, 5)]
 
@@ -37,6 +38,8 @@ def random_cut(rng, shape):
         runs, stage_ranks(schedule, p, v), (math.inf,) * p, memory_moments(*shape), kinds, {("SEND_F", 0): 0.1}, (Piece(0.1, 0.2),),
         patterns=(tuple(sizes),),
     )  # fmt: skip
+    if rng.random() < 0.5:
+        pipeline = giving_back(rng, pipeline)
     full = excess_bytes(replace(pipeline, limits=(0.0,) * p), frozen(place(pipeline, sizes)))[0]
     return replace(pipeline, limits=tuple(rng.uniform(0.5, 1.0) * full for _ in range(p))), sizes
 

@@ -66,4 +66,4 @@ def test_the_linear_bound_is_never_below_the_prediction(plan: Plan) -> None:
 def fixed(plan: Plan, rank: int) -> float:
     from planner.memory import fixed_bytes
 
-    return fixed_bytes(plan.inputs, plan.decisions)
+    return fixed_bytes(plan.inputs, plan.decisions)[rank]

@@ -22,7 +22,8 @@ from planner.memory import predict_memory
 from planner.model import load_model
 from planner.moments import least_in_flight
 from planner.pipeline import excess_bytes, moment_bytes, stage_loads, stage_seconds
-from planner.plan import Inputs, Training, check, digest, even_stages, replace
+from planner.plan import SPLIT_BACKWARD_SCHEDULES, Inputs, Training, check, digest, even_stages, replace
+from planner.repairs import closest
 from planner.search import search
 from planner.timing import predict_time
 
@@ -88,7 +89,60 @@ def test_the_ilps_numbers_are_those_of_the_memory_and_time_models(case, replicas
         for rank, need in enumerate(predict_memory(inputs, plan)):
             peak = max(moment_bytes(moment, loads) for moment in pipeline.moments if moment.rank == rank)
             known = peak - pipeline.limits[rank] + costs.capacity
-            assert need.total_bytes <= known <= 1.07 * need.total_bytes, "the ILP bounds the memory from above, and closely"
+            above = 1.07 if schedule in SPLIT_BACKWARD_SCHEDULES else 1.02
+            assert need.total_bytes <= known <= above * need.total_bytes, "the ILP bounds the memory from above, and closely"
+
+
+@pytest.mark.parametrize("profile", ["meshwright", "megatron"])
+@pytest.mark.parametrize(("model", "precision", "attention"), [
+    ("llama-3-8b", "mixed-bf16", "fused"), ("gpt3", "fp32", "unfused"), ("bloom-176b", "bf16", "fused"), ("tiny-gpt", "mixed-bf16", "fused"),
+])  # fmt: skip
+def test_without_a_pipeline_the_ilps_memory_is_the_memory_models(model, precision, attention, profile):
+    rng = random.Random(f"{model} {profile}")
+    for dp, zero, tp in ((1, 0, 1), (2, 1, 2), (4, 2, 4), (2, 3, 2)):
+        inputs = inputs_of(model, f"h100-80gb:{tp * dp}", 4 * dp, 64, precision=precision, attention=attention, profile=profile)
+        candidate = decisions_of(Degrees(tp, 1, dp, 2, 2), zero_stage=zero, sequence_parallel=tp == 4)
+        costs = Costs(inputs)
+        pipeline = costs.pipeline(candidate, LEVELS)
+        for _ in range(3):
+            counts = random_cut(rng, candidate, inputs.model.num_layers)
+            over, moment = excess_bytes(pipeline, counts)
+            assert moment.rank == 0
+            plan = replace(candidate, stages=stages_of(candidate, counts, LEVELS))
+            assert over == predict_memory(inputs, plan)[0].total_bytes - costs.capacity
+
+
+def test_what_fits_by_a_hairs_breadth_is_found():
+    """7 of 24,000 MiB are left; 1.9 GiB of 78; and nothing recomputed is the fastest of what fits."""
+    tight = search(inputs_of("llama-2-7b", "rtx4090-24gb:5", 64, 4096), Constraints(fixed=Fixed(pipeline_parallel=5)))
+    assert 0 <= min(rank.headroom_bytes for rank in tight.predictions.pipeline_ranks) < 8 * 2**20
+    fixed = {"data_parallel": 8, "zero_stage": 1}
+    large = inputs_of("llama-3-8b", "h100-80gb:8", 64, 8192)
+    assert fits(search(large, Constraints(fixed=Fixed(**fixed, micro_batch_size=8))).predictions)
+    plain = search(large, Constraints(fixed=Fixed(**fixed, micro_batch_size=1, recompute="none")))
+    assert search(large).solver.objective_seconds <= plain.solver.objective_seconds
+
+
+def test_a_plan_that_fits_is_not_refused_for_the_ilps_bound():
+    """The bound on a split backward pass lies above what the plan needs, which has just room."""
+    constraints = Constraints(fixed=Fixed(schedule="ZBVZeroBubble", pipeline_parallel=4, tensor_parallel=1, micro_batch_size=2, recompute="full"))
+    inputs = inputs_of("llama-2-7b", "h100-80gb:4", 16)
+    _, _, _, need = closest(inputs, constraints)
+    gpu = inputs.cluster.gpu
+    inputs = replace(inputs, training=replace(inputs.training, memory_fraction=(need + gpu.reserved_bytes + 2**20) / gpu.memory_bytes))
+    assert explore(Costs(inputs), constraints).best is None
+    plan = search(inputs, constraints)
+    assert fits(plan.predictions) and plan.solver.status == "not proven: the plan that needs least memory"
+    assert plan.solver.bound_seconds < plan.solver.objective_seconds
+
+
+def test_gpus_that_would_do_are_named_with_the_share_that_may_be_used():
+    inputs = inputs_of("llama-2-13b", "a100-80gb:4", 64, memory_fraction=0.6)
+    with pytest.raises(DoesNotFitError) as error:
+        search(inputs)
+    gib = float(re.match(r"GPUs with ([\d.]+) GiB", error.value.repairs[-1]).group(1))
+    gpu = replace(inputs.cluster.gpu, memory_bytes=int(gib * 2**30))
+    assert fits(search(replace(inputs, cluster=replace(inputs.cluster, gpu=gpu))).predictions)
 
 
 def every_candidate(inputs, constraints):

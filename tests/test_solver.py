@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,16 @@ def random_pipeline(rng, shape):
     return Pipeline(tuple(runs), stage_ranks(schedule, p, v), limits, moments(*shape), kinds, messages, pieces, Piece(0.05, 0.1))
 
 
+def giving_back(rng, pipeline):
+    """The same, where layers above the one at work have less of the micro-batch at work than they save or defer, or more."""
+
+    def changed(option):
+        share = [rng.uniform(0, 1.2) for _ in "FBW"]
+        return option._replace(above=(share[0] * option.saved, share[1] * max(option.saved, option.deferred), share[2] * option.deferred))
+
+    return replace(pipeline, runs=tuple(run._replace(options=tuple(map(changed, run.options))) for run in pipeline.runs))
+
+
 def splits(run):
     """All ways to give `n` layers of a run its options."""
 
@@ -91,7 +102,10 @@ def enumerate_all(pipeline, whole):
 
 
 def compare(shape, seed, solver=None):
-    pipeline, whole = random_pipeline(random.Random(f"{shape} {seed}"), shape), graph(*shape)
+    rng, whole = random.Random(f"{shape} {seed}"), graph(*shape)
+    pipeline = random_pipeline(rng, shape)
+    if rng.random() < 0.5:
+        pipeline = giving_back(rng, pipeline)
     if pipeline.num_layers > 8:
         pytest.fail("too large to enumerate")
     best = enumerate_all(pipeline, whole)
