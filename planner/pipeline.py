@@ -221,8 +221,8 @@ def stage_load(pipeline: Pipeline, rows: Sequence[Sequence[float]]) -> StageLoad
             for option, count in zip(run.options, row, strict=True):
                 if count:
                     each = option.given_back(direction)
-                    more = -count * each if each < 0.0 else 0.0
-                    most = max(most, option.transient(direction) - back + more, more - back)
+                    more = -each * (count - 1) if each < 0.0 and count > 1 else 0.0  # at the lowest of them, else at the highest
+                    most = max(most, option.transient(direction) - back + more)
                     back += count * each
         transients[direction] = most
     return StageLoad(states, saved, deferred, transients)

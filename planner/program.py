@@ -27,7 +27,7 @@ Variables, the first two rows integer:
     Σ_{s on the rank} Σ (e_r + k_s a[r,o] + l_s a'[r,o]) x[s,r,o] + τ[s*,d] <= limit    at each moment   _memory
         of each rank that can be its peak: k_s micro-batches of stage s saved, l_s deferred (their weight gradients are
         to be done) while stage s* goes in direction d
-    τ[s,d] >= τ[r,o,d] z[s,r,o] - Σ (given back) x[s,r',o'] of what lies above (r,o) on the stage,
+    τ[s,d] >= τ[r,o,d] z[s,r,o] - Σ (given back) x[s,r',o'] of what lies above (r,o) on the stage, where z[s,r,o] = 1,
     x[s,r,o] <= n_r z[s,r,o]                                              the fullest layer counts      _transients
     T >= Σ_s (N_F F[s] + N_B B[s] + ...) + messages + reduction + optimizer
         for each path through the schedule's graph, N its counts          fill, steady state, drain     _path
@@ -270,20 +270,23 @@ class Program:
         tau = self.transients[stage, direction] = self.problem.add_variable(f"tau_{name}", 0)
         byte = self._byte(self.pipeline.ranks[stage])
         above: list[tuple[Any, float]] = []  # what the layers above give back
+        more = 0.0  # at most, where they then have more than before
         for r, run in reversed(list(enumerate(self.pipeline.runs))):
             for o, (option, x) in enumerate(zip(run.options, self.x[stage][r], strict=False)):
                 need, each = option.transient(direction) * byte, option.given_back(direction) * byte
-                mine = list(above)
-                if need > 0 and x.upBound > 1:
-                    used = self.problem.add_variable(f"z_{name}_{r}_{o}", 0, 1, "Integer")
-                    self._add([(x, 1.0), (used, -float(x.upBound))], -1, 0.0)
-                    mine += [(used, -need), (x, min(each, 0.0))]
-                else:
-                    mine.append((x, min(each, 0.0) - max(need, 0.0)))
-                if any(value < 0 for _, value in mine):
-                    self._add([(tau, 1.0), *mine], 1, 0.0)
-                if each:
-                    above.append((x, each))
+                terms, used = list(above), x
+                if x.upBound > 1:
+                    terms.append((x, min(each, 0.0)))  # counted at the lowest of them, where they have more
+                    need += min(each, 0.0)
+                    if need + more > 0:
+                        used = self.problem.add_variable(f"z_{name}_{r}_{o}", 0, 1, "Integer")
+                        self._add([(x, 1.0), (used, -float(x.upBound))], -1, 0.0)
+                if need + more > 0:
+                    self._add([(tau, 1.0), *terms, (used, -(need + more))], 1, -more)
+                elif any(value < 0 for _, value in terms):
+                    self._add([(tau, 1.0), *terms], 1, need)
+                above.append((x, each))
+                more += max(-each, 0.0) * x.upBound
         return tau
 
     def add_path(self, path: Path) -> bool:
