@@ -71,7 +71,7 @@ def test_megatron_has_every_decision():
     expected = {
         "--tensor-model-parallel-size": "8", "--pipeline-model-parallel-size": "4", "--micro-batch-size": "2", "--global-batch-size": "64",
         "--seq-length": "2048", "--num-layers": "96", "--hidden-size": "12288", "--ffn-hidden-size": "49152", "--num-attention-heads": "96",
-        "--recompute-granularity": "selective", "--recompute-modules": "core_attn", "--position-embedding-type": "learned_absolute",
+        "--recompute-granularity": "selective", "--recompute-modules": "layernorm", "--position-embedding-type": "learned_absolute",
         "--normalization": "LayerNorm", "--vocab-size": "50257", "--nnodes": "16", "--nproc-per-node": "8", "--optimizer": "adam",
     }  # fmt: skip
     assert expected.items() <= found.items()
@@ -126,6 +126,27 @@ def test_megatron_never_recomputes_less_than_planned(recompute, expected, noted)
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected", "word"),
+    [
+        ({}, "--recompute-modules layernorm mlp ", "the whole MLP is recomputed"),
+        ({"attention": "unfused"}, "--recompute-modules core_attn layernorm mlp ", "the whole MLP is recomputed"),
+        ({"tp": 8, "sequence_parallel": True}, "--recompute-modules layernorm mlp ", "the whole MLP is recomputed"),
+        ({"tp": 8}, "--recompute-granularity full", "in full"),
+    ],
+)
+def test_selective_recomputation_keeps_no_more_in_megatron_than_planned(changes, expected, word):
+    text = export(make_plan("gpt3", recompute="selective", **changes), "megatron")["megatron.sh"]
+    assert expected in text and word in notes(text)
+
+
+def test_selective_recomputation_of_megatrons_profile_is_its_own():
+    plan = make_plan("gpt3", recompute="selective")
+    inputs = models.replace(plan.inputs, training=models.replace(plan.inputs.training, profile="megatron"))
+    text = export(models.replace(plan, inputs=inputs), "megatron")["megatron.sh"]
+    assert "--recompute-modules core_attn " in text and "norms" not in notes(text)
+
+
+@pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"pp": 2, "schedule": "GPipe"}, "schedule"),
@@ -175,6 +196,14 @@ def test_torchtitan_has_every_decision():
     assert values["MODEL"]["n_layers"] == 6 and values["MODEL"]["hidden_dim"] == 11008
     assert "NOTE: torchtitan has no ZeRO-1" not in text
     assert options(export(plan, "torchtitan")["torchtitan.sh"])["--module"] == "meshwright_plan"
+
+
+@pytest.mark.parametrize(
+    ("changes", "level"), [({}, "selective"), ({"tp": 4}, "selective"), ({"tp": 4, "sequence_parallel": True}, "full")]
+)
+def test_selective_recomputation_keeps_no_more_in_torchtitan_than_planned(changes, level):
+    values, text = titan(make_plan(llama(), recompute="selective", **changes))
+    assert values["ACTIVATION_CHECKPOINT"] == level and "every second matrix product" in notes(text)
 
 
 def test_torchtitan_notes_and_refusals():

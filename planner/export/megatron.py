@@ -92,13 +92,15 @@ def _recompute(plan: Plan, notes: Notes) -> list[str]:
     levels = {level for stage in stages for level in stage}
     if levels <= {"none"}:
         return []
+    whole = [flag("--recompute-granularity", "full"), flag("--recompute-method", "uniform"), flag("--recompute-num-layers", 1)]
     if "full" not in levels:
         if "none" in levels:
             words = recompute_words(plan)
-            notes.append(f"the plan recomputes {words}; selective recomputation covers every layer there: less memory, slower.")
-        return [flag("--recompute-granularity", "selective"), flag("--recompute-modules", "core_attn")]
+            notes.append(f"the plan recomputes {words}; selective recomputation covers every layer there: less memory than planned, slower.")
+        modules = _selective_modules(plan, notes)
+        return ["--recompute-granularity selective", f"--recompute-modules {modules}"] if modules else whole
     if levels == {"full"}:
-        return [flag("--recompute-granularity", "full"), flag("--recompute-method", "uniform"), flag("--recompute-num-layers", 1)]
+        return whole
     # `block` recomputes the first N layers of each stage: N such that no stage recomputes less than planned.
     counts = [sum(level != "none" for level in stage) for stage in stages]
     most = max(counts)
@@ -109,6 +111,25 @@ def _recompute(plan: Plan, notes: Notes) -> list[str]:
             " recomputed in full: no stage takes more memory than planned, and some are slower."
         )
     return [flag("--recompute-granularity", "full"), flag("--recompute-method", "block"), flag("--recompute-num-layers", most)]
+
+
+def _selective_modules(plan: Plan, notes: Notes) -> str:
+    """The modules whose recomputation keeps no more than `selective` in the plan; none where only whole layers do.
+
+    Megatron-LM's selective recomputation (the profile `megatron`) is that of attention's core. Here it is that of both norms' outputs and of the
+    activation function's, and with unfused attention of its core too. Transformer Engine's fused norm and linear keeps the output of the first
+    norm, R·h elements; recomputing the MLP frees its first linear's output for that, T·f / t, or twice that with a gate.
+    """
+    training, model, decisions = plan.inputs.training, plan.inputs.model, plan.decisions
+    if training.profile == "megatron":
+        return "core_attn"
+    between = 1 if decisions.sequence_parallel else decisions.tensor_parallel
+    said = "the plan recomputes norms and activation functions alone, for which Megatron-LM has no option"
+    if between * model.hidden_size > (2 if model.gated_ffn else 1) * model.ffn_hidden_size:
+        notes.append(f"{said}: layers are recomputed in full, since the MLP alone would not make up for the norms' outputs. Less memory, slower.")
+        return ""
+    notes.append(f"{said}: the whole MLP is recomputed, which takes no more memory than planned and is slower.")
+    return "core_attn layernorm mlp" if training.attention == "unfused" else "layernorm mlp"
 
 
 def _batch(plan: Plan) -> list[str]:

@@ -116,7 +116,7 @@ def export_torchtitan(plan: Plan) -> dict[str, str]:
     notes: Notes = []
     level = strongest_level(plan, TARGET, notes)
     if level == "selective":
-        notes.append("torchtitan's selective recomputation saves every second matrix product, not all but attention: other memory and time.")
+        level = _selective(plan, notes)
     note_rank_order(plan, TARGET, notes)
     parts = {
         "model": {
@@ -149,6 +149,21 @@ def export_torchtitan(plan: Plan) -> dict[str, str]:
     command = [*torchrun(plan, TARGET), "-m torchtitan.train", flag("--module", MODULE), flag("--config", "trainer"), '"$@"']
     run = script(header(plan, TARGET, []), command, ['export PYTHONPATH="$(cd "$(dirname "$0")" && pwd):${PYTHONPATH:-}"'])
     return {f"{MODULE}.py": text, "torchtitan.sh": run}
+
+
+def _selective(plan: Plan, notes: Notes) -> str:
+    """The level there that keeps no more than `selective` in the plan.
+
+    Its `SelectiveAC` keeps every second matrix product and the outputs of reduce-scatters. In place of an output of the gated MLP, T·f / t elements,
+    that is the output of its last linear, T·h before it is summed over the tensor-parallel ranks, and with sequence parallelism also after it.
+    """
+    model, decisions = plan.inputs.model, plan.decisions
+    said = "torchtitan's selective recomputation keeps every second matrix product, and all but norms and activation functions are kept in the plan"
+    if decisions.sequence_parallel and model.hidden_size * (decisions.tensor_parallel + 1) > model.ffn_hidden_size:
+        notes.append(f"{said}: that would take more memory than planned, so blocks are recomputed in full: less memory, slower.")
+        return "full"
+    notes.append(f"{said}: less memory than planned, and slower.")
+    return "selective"
 
 
 def _rope_scaling(model: ModelSpec) -> dict[str, object]:
