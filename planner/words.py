@@ -14,6 +14,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
+def rounded_up(value: float, digits: int = 4) -> str:
+    """The least figure of so many digits that is not below `value`, for a limit that is to be met."""
+    if value <= 0:
+        return f"{value:.{digits}g}"
+    places = digits - 1 - math.floor(math.log10(value))
+    up = math.ceil(round(value * 10**places, 6)) / 10**places
+    return f"{up:.0f}" if places <= 0 else f"{up:.{digits}g}"
+
+
 def gib(num_bytes: float, *, up: bool = False) -> str:
     """With one decimal, the nearest or, with `up`, the next."""
     unit, name = (GIB, "GiB") if num_bytes >= 0.1 * GIB else (2**20, "MiB")

@@ -268,8 +268,8 @@ def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: 
 @click.command()
 @request_options
 @click.option("-o", "--output", type=click.Path(), help="Where to write the plan.")
-@click.option("--within-days", type=NUMBER, help="The fewest GPUs of the cluster that train --num-tokens in so many days.")
-@click.option("--within-gpu-hours", type=NUMBER, help="The fastest plan, on any number of the cluster's GPUs, that trains --num-tokens for so many.")
+@click.option("--within-days", type=NUMBER, help="The fewest GPUs, in a node or in whole nodes, that train --num-tokens in so many days.")
+@click.option("--within-gpu-hours", type=NUMBER, help="The fastest plan that trains --num-tokens for so many, on 2^n or 3 x 2^n GPUs or all.")
 @solver_options
 @json_option
 def solve(output: str | None, within_days: float | None, within_gpu_hours: float | None, as_json: bool, **options: Any) -> int:
@@ -312,7 +312,7 @@ def _solved(inputs: Inputs, constraints: Constraints, request: Request, within_d
     if within_days is not None:
         return fewest_gpus(inputs, constraints, within_days * 86400 / steps, tokens)
     assert within_gpu_hours is not None
-    return fastest_within(inputs, constraints, within_gpu_hours * 3600 / steps)
+    return fastest_within(inputs, constraints, within_gpu_hours * 3600 / steps, tokens)
 
 
 def _show_plan(plan: Plan, *, short: bool) -> None:
