@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 from planner.cluster import ClusterSpec, with_num_gpus
 from planner.errors import InputError
@@ -77,7 +78,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
         training = replace(training, global_batch_size=dp * micro * count)
         assumptions.append(f"a global batch of {training.global_batch_size} samples: {count} micro-batches on each of {dp} data-parallel ranks")
     number = training.global_batch_size // (dp * micro)
-    check_schedule(schedule, pp, virtual, number, "--schedule")
+    _by_option(functools.partial(check_schedule, schedule, pp, virtual, number, "options: decisions"))
     zero, replicas = fixed.zero_stage or 0, fixed.data_parallel_replicate or 1
     if replicas > 1 and not zero:
         raise InputError("--data-parallel-replicate", replicas, "it needs --zero-stage 1, 2 or 3: without, every rank is a replica")
@@ -100,7 +101,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
             num_virtual_stages=virtual,
             stages=even_stages(model, schedule, pp, virtual, level),
         )
-        check(inputs, found, "options")
+        _by_option(functools.partial(check, inputs, found, "options"))
         if _fits(inputs, found):
             break
     assert found is not None
@@ -109,6 +110,17 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
     stages = "even pipeline stages" if pp > 1 else "one pipeline stage"
     assumptions.append(f"{stages}; `plan solve` chooses the cuts and what else is left open")
     return Completed(inputs, found, tuple(assumptions))
+
+
+def _by_option(checked: Callable[[], None]) -> None:
+    """Runs a check; its InputError names the option that the decision is given by."""
+    try:
+        checked()
+    except InputError as error:
+        name = error.field.removeprefix("options: ").removeprefix("decisions.")
+        if name == "num_microbatches":
+            raise InputError("the number of micro-batches", error.value, error.allowed) from None
+        raise InputError(f"--{name.replace('_', '-')}", error.value, error.allowed) from None
 
 
 def _fits(inputs: Inputs, decisions: Decisions) -> bool:

@@ -20,7 +20,7 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 # One row per field: the HF names that may hold it, in order of preference.
 HF_KEYS: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embed", "n_embd", "d_model"),
     "ffn_hidden_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
@@ -141,11 +141,24 @@ def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -
     return found if size == whole else found | {"rotary_dim": size}
 
 
-def read_fields(path: Path, where: str) -> dict[str, Any]:
-    """The fields of `planner.model.ModelSpec` that a config gives. Raises InputError naming the key that is missing or unusable."""
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """The config as it stands. Raises InputError where it is none."""
     config = parse_json(read_text(path, where), str(path))
     if not isinstance(config, dict):
         raise InputError(str(path), config, "a JSON object is expected")
+    return config
+
+
+def by_its_key(error: InputError, config: dict[str, Any], path: Path) -> InputError:
+    """The error with the config's own key in place of the field that it gave."""
+    prefix = f"{path}: "
+    field = error.field.removeprefix(prefix)
+    key = next((key for key in HF_KEYS.get(field, ()) if config.get(key) is not None), field)
+    return InputError(prefix + key, error.value, error.allowed) if error.field.startswith(prefix) else error
+
+
+def config_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of `planner.model.ModelSpec` that a config gives. Raises InputError naming the key that is missing or unusable."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in HF_ARCHITECTURES:
         raise InputError(f"{path}: model_type", kind, f"one of {', '.join(sorted(HF_ARCHITECTURES))} is expected")
@@ -159,7 +172,7 @@ def read_fields(path: Path, where: str) -> dict[str, Any]:
         if required not in values:
             raise InputError(f"{path}: {HF_KEYS[required][0]}", None, f"the config of a {kind} model needs it")
         if not isinstance(values[required], int) or values[required] < 1:
-            raise InputError(f"{path}: {HF_KEYS[required][0]}", values[required], "a positive integer is expected")
+            raise InputError(f"{path}: {required}", values[required], "a positive integer is expected")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if "head_dim" not in values:
         if values["hidden_size"] % values["num_attention_heads"]:

@@ -20,7 +20,7 @@ import msgspec
 from planner.documents import Document, convert
 from planner.errors import InputError
 from planner.hf_config import ROPE_SCALINGS as ROPE_SCALINGS
-from planner.hf_config import read_fields
+from planner.hf_config import by_its_key, config_fields, read_config
 from planner.traced import is_reference
 from planner.values import COUNT, POSITIVE, check_values, count_up_to
 
@@ -268,7 +268,11 @@ def load_model(text: str, where: str = "--model") -> ModelSpec:
 
 def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
     """The model that an HF `config.json` describes. Raises InputError naming the key that is missing or unusable."""
-    return validate(convert(read_fields(path, where), ModelSpec, str(path)), str(path))
+    config = read_config(path, where)
+    try:
+        return validate(convert(config_fields(config, path), ModelSpec, str(path)), str(path))
+    except InputError as error:
+        raise by_its_key(error, config, path) from None
 
 
 def replace(model: ModelSpec, **changes: Any) -> ModelSpec:

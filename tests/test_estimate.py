@@ -191,3 +191,17 @@ def test_the_figures_of_the_memory_line_add_up() -> None:
         usable = 85040352460 * fraction - reserved
         assert f"{size(need)} at its peak on every GPU, of {size(usable)} that can be used" in line and capacity_bytes(inputs) == usable
         assert line.endswith(f": {size(usable - need)} to spare") and less in line and ("less" in line) == bool(less)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "named"),
+    [
+        ({"schedule": "Interleaved1F1B", "num_virtual_stages": 1, "pipeline_parallel": 2}, "--num-virtual-stages: 1"),
+        ({"schedule": "Interleaved1F1B"}, "--schedule: 'Interleaved1F1B'"),
+        ({"tensor_parallel": 1, "pipeline_parallel": 2, "sequence_parallel": True}, "--sequence-parallel: True"),
+    ],
+)
+def test_decisions_that_can_not_be_are_named_by_their_option(fixed: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError) as caught:
+        asked("gpt2", "a100-80gb:2", **fixed)
+    assert str(caught.value).startswith(named)

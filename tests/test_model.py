@@ -44,7 +44,7 @@ HF = {
         },
         "llama-3-8b",
     ),
-    "bloom": ({"model_type": "bloom", "n_layer": 70, "hidden_size": 14336, "n_head": 112, "vocab_size": 250880}, "bloom-176b"),
+    "bloom": ({"model_type": "bloom", "n_layer": 70, "n_embed": 14336, "n_head": 112, "vocab_size": 250880}, "bloom-176b"),
     "opt": (
         {
             "model_type": "opt", "num_hidden_layers": 12, "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12,
@@ -145,6 +145,10 @@ def test_what_gemma_2_does_to_scores_is_read(tmp_path: Path) -> None:
         ({"num_attention_heads": 7}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"num_hidden_layers": True}, "json: num_hidden_layers: True"),
+        ({"num_hidden_layers": 10**9}, "json: num_hidden_layers: 1000000000"),
+        ({"num_hidden_layers": None, "n_layer": 0}, "json: n_layer: 0"),
+        ({"rms_norm_eps": -1}, "json: rms_norm_eps: -1"),
     ],
 )
 def test_a_wrong_config_is_refused_by_the_name_of_its_key(change: dict, named: str, tmp_path: Path) -> None:
