@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 from planner.cluster import ClusterSpec, with_num_gpus
@@ -23,6 +24,10 @@ from planner.plan import (
     even_stages,
     replace,
 )
+from planner.states import state_bytes
+
+MOST_DATA_PARALLEL = 64
+"""The largest data-parallel degree that is suggested where no batch is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +145,8 @@ def shortage(inputs: Inputs, decisions: Decisions) -> str:
     )
 
 
-def repairs(inputs: Inputs, decisions: Decisions) -> tuple[str, ...]:
-    """The smallest changes that would make a plan fit: each single change on these GPUs, else the fewest GPUs."""
+def repairs(inputs: Inputs, decisions: Decisions, *, batch_given: bool = False) -> tuple[str, ...]:
+    """The smallest changes that would make a plan fit: each single change on these GPUs, else the fewest GPUs. A given batch is kept."""
     found = []
     for text, changed in _changes(inputs, decisions):
         try:
@@ -152,7 +157,7 @@ def repairs(inputs: Inputs, decisions: Decisions) -> tuple[str, ...]:
             found.append(text)
     if found:
         return tuple(found[:3])
-    fewest = _fewest_gpus(inputs)
+    fewest = _fewest_gpus(inputs, batch_given)
     return (fewest,) if fewest else ()
 
 
@@ -184,38 +189,53 @@ def _changes(inputs: Inputs, decisions: Decisions) -> Iterator[tuple[str, Decisi
             dp = whole // (tp * pp)
             if inputs.training.global_batch_size % dp:
                 continue
-            text = f"--tp {tp} --pp {pp} --dp {dp} --zero-stage 1 --recompute full --micro-batch-size 1"
-            yield text, _simple(inputs, tp, pp, dp, min(1, dp - 1))
+            decided = _simple(inputs, tp, pp, dp, min(1, dp - 1))
+            yield _simple_words(decided), decided
 
 
-def _fewest_gpus(inputs: Inputs) -> str | None:
-    """The fewest GPUs of this kind on which some plan fits, with that plan."""
-    best: tuple[int, str] | None = None
-    for tp in (1, 2, 4, 8):
-        for pp in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-            if tp > inputs.cluster.gpus_per_node or pp > inputs.model.num_layers:
-                continue
-            for dp in (1, 2, 4, 8, 16, 32, 64):
-                count = tp * pp * dp
-                if best is not None and count >= best[0]:
-                    break
-                changed = replace(
-                    inputs, cluster=with_num_gpus(inputs.cluster, count), training=replace(inputs.training, global_batch_size=dp * 2 * pp)
-                )
-                for zero in (1, 3) if dp > 1 else (0,):
-                    decided = _simple(changed, tp, pp, dp, zero)
-                    try:
-                        check(changed, decided, "repair")
-                    except InputError:
-                        continue
-                    if _fits(changed, decided):
-                        sharded = f" --zero-stage {zero}" if zero else ""
-                        best = (count, f"{count} GPUs: --tp {tp} --pp {pp} --dp {dp}{sharded} --recompute full --micro-batch-size 1")
-                        break
-                else:
-                    continue
-                break
-    return best[1] if best else None
+def _fewest_gpus(inputs: Inputs, batch_given: bool) -> str | None:
+    """The fewest GPUs of this kind on which some plan fits, with that plan: every number up to 128, then in steps of 1/64.
+
+    Skipped is what can't fit: fewer GPUs than hold the states, and a tensor-parallel degree at which not even the finest split does.
+    """
+    model, capacity = inputs.model, capacity_bytes(inputs)
+    states = model.num_parameters * sum(state_bytes(inputs.training.precision, inputs.training.optimizer))
+
+    def fits(tp: int, pp: int, dp: int) -> Decisions | None:
+        batch = inputs.training.global_batch_size if batch_given else dp * 2 * pp
+        if batch % dp:
+            return None
+        training = replace(inputs.training, global_batch_size=batch)
+        changed = replace(inputs, cluster=with_num_gpus(inputs.cluster, tp * pp * dp), training=training)
+        for zero in (1, 3) if dp > 1 else (0,):
+            decided = _simple(changed, tp, pp, dp, zero)
+            try:
+                check(changed, decided, "repair")
+            except InputError:
+                return None
+            if _fits(changed, decided):
+                return decided
+        return None
+
+    most = inputs.training.global_batch_size if batch_given else MOST_DATA_PARALLEL
+    degrees = [tp for tp in (1, 2, 4, 8) if tp <= inputs.cluster.gpus_per_node]
+    degrees = [tp for tp in degrees if fits(tp, model.num_layers, 1) or fits(tp, model.num_layers, most) or fits(tp, 1, most)]
+    count = max(1, math.ceil(states / max(capacity, 1)))
+    while degrees and count <= max(degrees) * model.num_layers * most:
+        for tp in degrees:
+            for pp in range(1, min(model.num_layers, count // tp) + 1):
+                if count % (tp * pp) == 0 and (dp := count // (tp * pp)) <= most and (found := fits(tp, pp, dp)):
+                    return f"{count} GPUs: {_simple_words(found)}"
+        count += max(1, count // 64)
+    return None
+
+
+def _simple_words(decided: Decisions) -> str:
+    """The options of a plan of `_simple`."""
+    sharded = f" --zero-stage {decided.zero_stage}" if decided.zero_stage else ""
+    sequence = " --sequence-parallel" if decided.sequence_parallel else ""
+    degrees = f"--tp {decided.tensor_parallel} --pp {decided.pipeline_parallel} --dp {decided.data_parallel}"
+    return f"{degrees}{sharded}{sequence} --recompute full --micro-batch-size 1"
 
 
 def _simple(inputs: Inputs, tp: int, pp: int, dp: int, zero: int) -> Decisions:

@@ -42,6 +42,11 @@ def test_what_does_not_fit_has_status_3_and_a_document_all_the_same() -> None:
     assert "would fit" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_where_no_change_would_fit_that_is_said() -> None:
+    done = plan("estimate", "--model", "llama-2-7b", "--cluster", "l4-24gb:1", "--tp", "1", "--sequence-length", "20000001")
+    assert done.returncode == 3 and "would fit:" not in done.stderr and "was found that would fit" in done.stderr
+
+
 LONG = "a" * 300
 SOLVE = ["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8"]
 WRONG = [

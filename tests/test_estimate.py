@@ -71,7 +71,7 @@ def test_gpt3_on_one_gpu_does_not_fit_and_the_repair_does() -> None:
     assert degrees["--tp"] * degrees["--pp"] * degrees["--dp"] == number < 100
     again = asked(
         "gpt3", f"a100-80gb:{number}", tensor_parallel=degrees["--tp"], pipeline_parallel=degrees["--pp"],
-        zero_stage=degrees.get("--zero-stage", 0), recompute="full", micro_batch_size=1,
+        zero_stage=degrees.get("--zero-stage", 0), sequence_parallel="--sequence-parallel" in words, recompute="full", micro_batch_size=1,
     )  # fmt: skip
     assert fits(predict(again.inputs, again.decisions))
 
@@ -205,3 +205,31 @@ def test_decisions_that_can_not_be_are_named_by_their_option(fixed: dict[str, ob
     with pytest.raises(InputError) as caught:
         asked("gpt2", "a100-80gb:2", **fixed)
     assert str(caught.value).startswith(named)
+
+
+def test_what_would_fit_keeps_the_given_batch_and_takes_any_number_of_gpus() -> None:
+    model = load_model("llama-3-70b")
+    training = Training(global_batch_size=8, sequence_length=1024)
+    fixed = Fixed(data_parallel=8)
+    completed = complete(model, load_cluster("a100-40gb:8"), training, fixed, batch_given=True)
+    words = repairs(completed.inputs, completed.decisions, batch_given=True)[0].split()
+    given = {word: int(words[i + 1]) for i, word in enumerate(words) if word in ("--tp", "--pp", "--dp", "--zero-stage")}
+    again = Fixed(
+        tensor_parallel=given["--tp"], pipeline_parallel=given["--pp"], data_parallel=given["--dp"], zero_stage=given.get("--zero-stage", 0),
+        sequence_parallel="--sequence-parallel" in words, recompute="full", micro_batch_size=1,
+    )  # fmt: skip
+    found = complete(model, load_cluster(f"a100-40gb:{words[0]}"), training, again, batch_given=True)
+    assert fits(predict(found.inputs, found.decisions))
+
+
+def test_the_fewest_gpus_are_found_between_the_powers() -> None:
+    model = load_model("llama-2-7b")
+    completed = complete(model, load_cluster("l4-24gb:1"), Training(global_batch_size=1, sequence_length=1024), Fixed(), batch_given=False)
+    assert repairs(completed.inputs, completed.decisions)[0].startswith("5 GPUs: ")
+
+
+def test_where_nothing_would_fit_no_change_is_found() -> None:
+    model = replace(load_model("llama-3-70b"), max_sequence_length=2_000_000)
+    training = Training(global_batch_size=1, sequence_length=1_024_001)
+    completed = complete(model, load_cluster("h100-80gb:8"), training, Fixed(tensor_parallel=8), batch_given=False)
+    assert repairs(completed.inputs, completed.decisions) == ()

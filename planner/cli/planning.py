@@ -182,7 +182,9 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
         click.echo(text.show(*parts), nl=False)
     if document.fits:
         return 0
-    raise DoesNotFitError(shortage(completed.inputs, completed.decisions), repairs(completed.inputs, completed.decisions))
+    found = repairs(completed.inputs, completed.decisions, batch_given=request.global_batch_size is not None)
+    none = "" if found else "; no change of degrees, ZeRO stage, recomputation or number of GPUs was found that would fit"
+    raise DoesNotFitError(shortage(completed.inputs, completed.decisions) + none, found)
 
 
 def _with_run(plan: Plan, request: Request) -> Plan:
