@@ -157,7 +157,7 @@ def bubble_fractions(timeline: Timeline, pipeline_of: Mapping[int, object] | Non
     fractions = {}
     for rank, busy in busy_seconds(timeline).items():
         span = spans[pipeline_of[rank] if pipeline_of else None]
-        fractions[rank] = 1.0 - busy / span if span > 0 else 0.0
+        fractions[rank] = max(0.0, 1.0 - busy / span) if span > 0 else 0.0
     return fractions
 
 

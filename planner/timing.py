@@ -98,7 +98,8 @@ def predict_time(
     final = _last_stages(decisions.schedule, p, decisions.num_virtual_stages, m)
     tails = [durations.reduce[final[r]] + durations.optimizer[r] for r in range(p)]
     span = max(end - tail for end, tail in zip(ends, tails, strict=True))
-    bubble = 1.0 - sum(m * (f + b) for f, b in zip(forward, backward, strict=True)) / (p * span) if span > 0 else 0.0
+    busy = sum(m * (f + b) for f, b in zip(forward, backward, strict=True))
+    bubble = max(0.0, 1.0 - busy / (p * span)) if span > 0 else 0.0
     if shared:
         bubble = bubble_fraction(shared)
         breakdown["compute"] = max(0.0, step - sum(seconds for name, seconds in breakdown.items() if name != "compute"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from plans import make_plan
 
 from planner import cluster, economics, model
 from planner.communication import communication_bytes
@@ -335,3 +336,10 @@ def test_published_runs_come_out_within_15_percent(name, hardware, num_tokens, p
     seconds = predict_time(inputs, decisions).time.step_seconds
     assert seconds == predict_time(inputs, decisions, load_software(program)).time.step_seconds
     assert economics.run_cost(inputs, decisions, seconds, num_tokens).gpu_hours == pytest.approx(published, rel=0.15)
+
+
+def test_no_bubble_is_negative() -> None:
+    for number in (1, 3, 7, 13):
+        plan = make_plan("gpt2", "a100-80gb:13", dp=13, m=number)
+        assert plan.predictions.time.bubble_fraction is not None and 0 <= plan.predictions.time.bubble_fraction < 1e-9
+        assert 0 <= bubble_fraction(predict_timeline(plan.inputs, plan.decisions)) < 1e-9
