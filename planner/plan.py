@@ -315,7 +315,7 @@ def load_plan(path: str, field: str = "plan") -> Plan:
 
 
 def check_predictions(predictions: Predictions, decisions: Decisions, where: str) -> None:
-    """Raises InputError unless the predictions are of the decisions' pipeline ranks, in order, or of none."""
+    """Raises InputError unless the predictions are of the decisions' pipeline ranks, in order, or of none, and their memory adds up."""
     ranks = predictions.pipeline_ranks
     if ranks and [rank.pipeline_rank for rank in ranks] != list(range(decisions.pipeline_parallel)):
         found = [rank.pipeline_rank for rank in ranks]
@@ -324,6 +324,14 @@ def check_predictions(predictions: Predictions, decisions: Decisions, where: str
         if not all(0 <= stage < decisions.num_stages for stage in rank.stages):
             path = f"{where}: predictions.pipeline_ranks[{rank.pipeline_rank}].stages"
             raise InputError(path, rank.stages, f"stages from 0 to {decisions.num_stages - 1} are expected")
+    for path, memory in [("memory", predictions.memory), *((f"pipeline_ranks[{index}].memory", rank.memory) for index, rank in enumerate(ranks))]:
+        parts = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes, memory.buffers_bytes)
+        if memory.total_bytes != sum(parts):
+            allowed = f"the sum of the parts, {sum(parts)}, is expected"
+            raise InputError(f"{where}: predictions.{path}.total_bytes", memory.total_bytes, allowed)
+    if ranks and predictions.memory.total_bytes != (most := max(rank.memory.total_bytes for rank in ranks)):
+        allowed = f"that of the heaviest pipeline rank, {most}, is expected"
+        raise InputError(f"{where}: predictions.memory.total_bytes", predictions.memory.total_bytes, allowed)
 
 
 def check(inputs: Inputs, decisions: Decisions, where: str = "plan") -> None:

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import make_plan
 
 from planner import documents
-from planner.cli.planning import show
+from planner.cli.planning import show, simulate
 from planner.cluster import CollectiveCurve, compute_efficiency, load_cluster
 from planner.cluster import presets as cluster_presets
 from planner.errors import InputError
@@ -297,7 +298,7 @@ def test_every_cluster_preset_keeps_the_rules() -> None:
 ])  # fmt: skip
 def test_impossible_values_of_a_config_are_refused(field: str, value: object, tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100} | {field: value}
-    assert {"num_hidden_layers": "num_layers", "rms_norm_eps": "norm_epsilon"}.get(field, field) in refused(
+    assert field in refused(
         lambda path: read_hf_config(Path(path)), tmp_path / "config.json", config
     )
 
@@ -322,3 +323,22 @@ def test_predictions_and_measurements_are_finite_and_no_time_is_negative(value: 
     for path in numbers(run):
         if path[-1] != "bubble_fraction" or value != -1.0:
             refused(load_run, tmp_path / "run.json", changed(run, path, value))
+
+
+def test_predictions_whose_memory_does_not_add_up_are_refused(tmp_path: Path) -> None:
+    data, file = documents.builtins(make_plan("tiny-gpt", pp=2)), tmp_path / "plan.json"
+    memory = data["predictions"]["memory"]
+    assert "predictions.memory.total_bytes: 1 " in refused(load_plan, file, changed(data, ("predictions", "memory", "total_bytes"), 1))
+    rank = ("predictions", "pipeline_ranks", 1, "memory", "total_bytes")
+    assert "pipeline_ranks[1].memory.total_bytes: 1 " in refused(load_plan, file, changed(data, rank, 1))
+    less = memory | {"weights_bytes": memory["weights_bytes"] - 8, "total_bytes": memory["total_bytes"] - 8}
+    assert "heaviest pipeline rank" in refused(load_plan, file, changed(data, ("predictions", "memory"), less))
+
+
+def test_a_plan_whose_predictions_are_not_of_its_decisions_is_shown_with_a_warning(tmp_path: Path) -> None:
+    plan, file = make_plan("tiny-gpt", pp=2), tmp_path / "plan.json"
+    for decisions, warned in ((plan.decisions, False), (replace(plan.decisions, schedule="GPipe"), True)):
+        file.write_text(documents.dumps(replace(plan, decisions=decisions)))
+        for command in (show, simulate):
+            done = CliRunner().invoke(command, [str(file)])
+            assert done.exit_code == 0 and ("was edited, or made by another version" in done.stderr) is warned

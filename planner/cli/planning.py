@@ -337,12 +337,31 @@ def _show_plan(plan: Plan, *, short: bool) -> None:
     click.echo(text.show(*parts), nl=False)
 
 
+def _warn_of_edits(plan: Plan | ChainPlan, path: str) -> None:
+    """Says where the stored predictions are not those of the stored decisions: the plan was edited, or made by another version."""
+    from planner.estimate import predict
+    from planner.tables.text import seconds, size
+
+    if isinstance(plan, ChainPlan):
+        return
+    stored, now = plan.predictions, predict(plan.inputs, plan.decisions)
+    before, after = stored.time.step_seconds or 0.0, now.time.step_seconds or 0.0
+    if stored.memory.total_bytes == now.memory.total_bytes and abs(before - after) <= 1e-6 * after:
+        return
+    click.echo(
+        f"warning: {path} predicts {size(stored.memory.total_bytes)} and {seconds(stored.time.step_seconds)} a step, but its decisions give"
+        f" {size(now.memory.total_bytes)} and {seconds(now.time.step_seconds)}: it was edited, or made by another version",
+        err=True,
+    )
+
+
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path())
 @json_option
 def show(plan_file: str, as_json: bool) -> int:
     """A plan as tables; the runners-up and why they lost."""
     plan = load_any_plan(plan_file, "PLAN")
+    _warn_of_edits(plan, plan_file)
     if as_json:
         print_json(plan)
     elif isinstance(plan, ChainPlan):
@@ -368,6 +387,7 @@ def simulate(plan_file: str, trace: str | None, as_json: bool) -> int:
     plan = load_any_plan(plan_file, "PLAN")
     if trace is not None:
         check_output(trace, (plan_file,), "--trace")
+    _warn_of_edits(plan, plan_file)
     timeline = predict_timeline(plan.inputs, plan.decisions)
     interval = None if isinstance(plan, ChainPlan) else step_interval(timeline.end)  # errors were measured for transformers only
     fractions, busy, exposed = bubble_fractions(timeline), busy_seconds(timeline), exposed_communication_seconds(timeline)
