@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
 
 from planner import graph
 from planner.chain_plan import ChainInputs
@@ -71,6 +74,8 @@ class Estimate(Document, frozen=True, kw_only=True):
     zero_offload_rows: tuple[OffloadRow, ...] = ()
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    explanation: tuple[dict[str, Any], ...] | msgspec.UnsetType = msgspec.UNSET
+    """With `--explain`: the terms of the memory of the fullest GPU."""
 
 
 def model_summary(model: ModelSpec) -> dict[str, object]:

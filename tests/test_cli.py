@@ -224,3 +224,12 @@ def test_explain_names_every_term_and_its_letters_without_degrees_too() -> None:
     split = plan("estimate", "--model", "gpt3", "--cluster", "a100-80gb:64", "--tp", "8", "--pp", "8", "--explain").stdout
     assert "2 B x 174,604,259,328" in whole and "query, key, value" in whole and "t = 1 tensor-parallel" in whole
     assert "attention output" in split and "t = 8 tensor-parallel" in split
+
+
+@pytest.mark.parametrize("degrees", [(), ("--cluster", "a100-80gb:64", "--tp", "8", "--pp", "8")])
+def test_explain_is_in_the_json_too(degrees: tuple[str, ...]) -> None:
+    terms = json.loads(plan("estimate", "--model", "gpt3", *degrees, "--explain", "--json").stdout)["explanation"]
+    assert {"term", "part", "formula", "size_bytes", "counted_per", "why"} == set(terms[0]) and len(terms) > 8
+    *whole, total = [term["size_bytes"] for term in terms if not term["part"]]
+    assert sum(whole) == pytest.approx(total, rel=1e-6)
+    assert "explanation" not in json.loads(plan("estimate", "--model", "gpt3", *degrees, "--json").stdout)

@@ -33,7 +33,7 @@ from planner.values import whole_number
 if TYPE_CHECKING:
     from planner.candidates import Constraints
     from planner.cluster import ClusterSpec
-    from planner.defaults import Fixed
+    from planner.defaults import Completed, Fixed
     from planner.model import ModelSpec
     from planner.plan import Decisions, Training
 
@@ -125,10 +125,11 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
     if not request.has_degrees and not alone:
         training = training_of(request, model, 1)
         wall = memory_wall(model, cluster, training, request.num_tokens or model.num_training_tokens)
+        one = _on_one_gpu(model, cluster, training, fixed_of(request)) if explain else None
         if as_json:
-            print_json(wall)
+            print_json(replace(wall, explanation=_explanation(one.inputs, one.decisions)) if one else wall)
         else:
-            terms = _explained_on_one_gpu(model, cluster, training, fixed_of(request)) if explain else []
+            terms = _explained(one.inputs, one.decisions) if one else []
             click.echo(text.show(*plans.wall_view(wall), *terms, "", text.notes("Assumptions", wall.assumptions)), nl=False)
         return 0
     return _estimate_plan(request, explain, as_json)
@@ -142,14 +143,30 @@ def _explained(inputs: Inputs, decisions: Decisions) -> list[Any]:
     return ["", plans.explain_table(explain_memory(inputs, decisions)), symbols(inputs, decisions)]
 
 
-def _explained_on_one_gpu(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: Fixed) -> list[Any]:
-    """The same for the whole model on one GPU, with one sample, and without recomputation unless that is given."""
+def _explanation(inputs: Inputs, decisions: Decisions) -> tuple[dict[str, Any], ...]:
+    """The same as data. `part` says that a term is counted in the one above it."""
+    from planner.explain import explain_memory
+
+    return tuple(
+        {
+            "term": term.name.strip(),
+            "part": term.name.startswith("  "),
+            "formula": term.formula,
+            "size_bytes": term.size,
+            "counted_per": term.unit,
+            "why": term.why,
+        }
+        for term in explain_memory(inputs, decisions)
+    )
+
+
+def _on_one_gpu(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: Fixed) -> Completed:
+    """The whole model on one GPU, with one sample, and without recomputation unless that is given."""
     from planner.cluster import with_num_gpus
     from planner.defaults import complete
 
     fixed = dataclasses.replace(fixed, recompute=fixed.recompute or "none")
-    one = complete(model, with_num_gpus(cluster, 1), training, fixed, batch_given=False)
-    return _explained(one.inputs, one.decisions)
+    return complete(model, with_num_gpus(cluster, 1), training, fixed, batch_given=False)
 
 
 def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
@@ -166,7 +183,7 @@ def _estimate_plan(request: Request, explain: bool, as_json: bool) -> int:
     predictions = replace(predictions, time=time)
     document = plan_estimate(completed.inputs, completed.decisions, predictions, completed.assumptions)
     if as_json:
-        print_json(document)
+        print_json(replace(document, explanation=_explanation(completed.inputs, completed.decisions)) if explain else document)
     else:
         assert document.pipeline_ranks is not None
         parts: list[Any] = [
