@@ -5,6 +5,7 @@ What is split, what is sent, and what that costs is the lesson of the field in o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from planner.cluster import ClusterSpec, with_num_gpus
@@ -61,13 +62,17 @@ class _Way(NamedTuple):
     schedule: str
     zero: int
     virtual: int = 1
+    needs: str = ""
+    """What it needs of the number of ranks, where that is not so."""
 
 
 def _ways(n: int) -> list[_Way]:
     gradients = "gradients, once a step"
     activations = "activations between neighbours, every micro-batch"
     partial = "partial sums in every layer, every micro-batch"
-    half = 2 if n % 2 == 0 else n
+    half = next((divisor for divisor in range(2, math.isqrt(n) + 1) if n % divisor == 0), n)
+    two = "" if half < n else "it needs at least 4 ranks, and no prime number of them"
+    three = "" if n >= 8 and n % 4 == 0 else "it needs at least 8 ranks, a multiple of 4"
     ways = [
         _Way("naive model parallel", "layers; one rank works at a time", activations, 1, n, "Naive", 0),
         _Way("data parallel", "samples; every rank holds everything", gradients, 1, 1, "1F1B", 0),
@@ -78,13 +83,12 @@ def _ways(n: int) -> list[_Way]:
         _Way("pipeline, interleaved", "layers; several stages a rank", activations, 1, n, "Interleaved1F1B", 0, 2),
         _Way("pipeline, zero bubble", "layers; weight gradients fill the drain", activations, 1, n, "ZBVZeroBubble", 0, 2),
         _Way("tensor parallel", "each layer's matrices", partial, n, 1, "1F1B", 0),
-        _Way("2D: data x tensor", "samples and matrices", f"{gradients}; {partial}", half, 1, "1F1B", 0),
-        _Way("2D: data x pipeline", "samples and layers", f"{gradients}; {activations}", 1, half, "1F1B", 0),
+        _Way("2D: data x tensor", "samples and matrices", f"{gradients}; {partial}", half, 1, "1F1B", 0, needs=two),
+        _Way("2D: data x pipeline", "samples and layers", f"{gradients}; {activations}", 1, half, "1F1B", 0, needs=two),
     ]
-    ways.append(_Way("2D: pipeline x tensor", "layers and matrices", f"{activations}; {partial}", half, n // half, "1F1B", 0))
-    if n % 8 == 0:
-        ways.append(_Way("3D: data x pipeline x tensor", "samples, layers and matrices", "all three", 2, 2, "1F1B", 1))
-    return ways
+    ways.append(_Way("2D: pipeline x tensor", "layers and matrices", f"{activations}; {partial}", half, n // half, "1F1B", 0, needs=two))
+    ways.append(_Way("3D: data x pipeline x tensor", "samples, layers and matrices", "all three", 2, 2, "1F1B", 1, needs=three))
+    return ways if n > 1 else [way._replace(needs=way.needs or "it needs at least 2 ranks") for way in ways]
 
 
 def paradigms(model: ModelSpec, cluster: ClusterSpec, training: Training, world_size: int, micro_batch_size: int = 1) -> Paradigms:
@@ -93,6 +97,9 @@ def paradigms(model: ModelSpec, cluster: ClusterSpec, training: Training, world_
     inputs = Inputs(model=model, cluster=cluster, training=training)
     found = []
     for way in _ways(world_size):
+        if way.needs:
+            found.append(Paradigm(name=way.name, what_is_split=way.split, what_is_sent=way.sent, decisions=None, why_not=way.needs))
+            continue
         try:
             decisions = _decide(inputs, way, world_size, micro_batch_size)
             check(inputs, decisions, way.name)

@@ -233,3 +233,15 @@ def test_explain_is_in_the_json_too(degrees: tuple[str, ...]) -> None:
     *whole, total = [term["size_bytes"] for term in terms if not term["part"]]
     assert sum(whole) == pytest.approx(total, rel=1e-6)
     assert "explanation" not in json.loads(plan("estimate", "--model", "gpt3", *degrees, "--json").stdout)
+
+
+def test_paradigms_with_a_degree_of_1_are_not_possible() -> None:
+    def rows(world_size: int) -> dict[str, object]:
+        done = json.loads(plan("paradigms", "--model", "gpt2", "--world-size", str(world_size), "--global-batch-size", "36", "--json").stdout)
+        return {row["name"]: row["decisions"] for row in done["paradigms"]}
+
+    two, nine = rows(2), rows(9)
+    assert two["tensor parallel"] and not any(two[name] for name in two if name[:2] in ("2D", "3D")) and any(name[:2] == "3D" for name in two)
+    assert nine["2D: data x pipeline"]["data_parallel"] == 3 == nine["2D: data x pipeline"]["pipeline_parallel"]
+    alone = plan("paradigms", "--model", "gpt2", "--world-size", "1")
+    assert alone.returncode == 2 and "at least 2 ranks" in alone.stderr
