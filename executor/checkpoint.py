@@ -39,6 +39,8 @@ from planner.plan import digest, plan_hash, replace
 from planner.traced import TracedModel
 
 SCHEMA = "meshwright.checkpoint/1"
+RUN_FILE = "run.json"
+"""Written beside the checkpoints when a run first begins (`executor.restart`): what is older is not its own."""
 
 
 class TrainingState(Document, frozen=True, kw_only=True):
@@ -123,7 +125,7 @@ class Checkpointer:
         self.trainer = trainer
         self.folder = Path(folder)
         self.keep = keep
-        """How many of the newest checkpoints stay; 0 for all."""
+        """How many of the run's own newest checkpoints stay; 0 for all."""
         self.say = say
         self.failure: str | None = None
         """What became of the last save, on the first rank; None where it is whole."""
@@ -201,7 +203,7 @@ class Checkpointer:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         if self.keep:
-            for _, old in sorted(steps_in(self.folder))[: -self.keep]:
+            for _, old in sorted(own_steps(self.folder))[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -223,6 +225,13 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
         if match and (path / "training.json").exists():
             found.append((int(match.group(1)), path))
     return found
+
+
+def own_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Of the whole checkpoints in `folder` those that its last run has made, in whichever attempt; all where no run has said when it began."""
+    run = folder / RUN_FILE
+    began = run.stat().st_mtime_ns if run.exists() else 0
+    return [(step, found) for step, found in steps_in(folder) if (found / "training.json").stat().st_mtime_ns >= began]
 
 
 def find_checkpoint(path: str, field: str = "--resume") -> Path:

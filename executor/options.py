@@ -51,7 +51,7 @@ def arguments(argv: list[str], prog: str = "python -m executor", about: str = RU
     number("--dropout", 0.0, "probability (default 0)", below=1.0)
     whole("--checkpoint-every", 0, "save every N steps; 0: never (default)")
     parser.add_argument("--checkpoint-folder", default="checkpoints", metavar="FOLDER", help="where step-N go (default checkpoints)")
-    whole("--keep-checkpoints", 0, "keep only the newest N; 0: all (default)")
+    whole("--keep-checkpoints", 0, "keep only the newest N of this run; 0: all (default)")
     parser.add_argument("--resume", metavar="FOLDER", help="a checkpoint step-N, or the folder with them: its newest")
     parser.add_argument("--load", metavar="FOLDER", help="start from the Hugging Face safetensors there (GPT-2 and Llama families)")
     parser.add_argument("--compile", action="store_true", help="compile norms and activation functions (slow to start; pays on GPUs)")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from executor.checkpoint import steps_in
+from executor.checkpoint import RUN_FILE, own_steps
 from planner.documents import Document, dumps, load, write_text
 
 SCHEMA = "meshwright.checkpoint_run/1"
-FILE = "run.json"
 
 
 class RunStart(Document, frozen=True, kw_only=True):
@@ -49,19 +48,17 @@ def own_store(store: dist.Store) -> dist.Store:
 def begin(folder: Path, first_step: int) -> None:
     """Says that a run has begun. Called by rank 0, in the run's first attempt."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, dumps(RunStart(first_step=first_step)))
+    write_text(folder / RUN_FILE, dumps(RunStart(first_step=first_step)))
 
 
 def find_again(folder: Path, num_steps: int) -> Again | None:
     """What an earlier attempt at `num_steps` steps has left in `folder`; None where there was none that came to its first step. The checkpoint after
     the last step does not count: the attempt failed after that, so the last steps are done again for the run document."""
-    path = folder / FILE
+    path = folder / RUN_FILE
     if not path.exists():
         return None
     start = load(path, RunStart, SCHEMA, "--checkpoint-folder")
-    began = path.stat().st_mtime_ns
-    whole = [(step, found) for step, found in steps_in(folder) if (found / "training.json").stat().st_mtime_ns >= began]
-    own = sorted(item for item in whole if item[0] < start.first_step + num_steps)
+    own = sorted(item for item in own_steps(folder) if item[0] < start.first_step + num_steps)
     return Again(start.first_step, str(own[-1][1]) if own else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,17 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(tmp_path: Path) -> None
     assert done.returncode == 1 and f"error: all steps are done, but the last checkpoint is missing: {last}\n" in done.stderr
     assert len(load_run(tmp_path / "run.json").steps) == 1
     assert sorted(path.name for path in saved.iterdir()) == ["run.json", "step-1", "step-2.partial", "step-3", "step-4"]
+
+
+def test_only_the_runs_own_checkpoints_make_room_for_newer_ones(tmp_path: Path) -> None:
+    plan = make_plan("tiny-gpt", "cpu:1", m=2, precision="fp32", sequence_length=16)
+    saved = tmp_path / "saved"
+    every = ["--checkpoint-every", "1", "--checkpoint-folder", str(saved), "--steps"]
+    losses(plan, tmp_path, "earlier", *every, "6")
+    for step in (1, 2, 3, 4):
+        shutil.rmtree(saved / f"step-{step}")
+    losses(plan, tmp_path, "later", *every, "4", "--keep-checkpoints", "2")
+    assert sorted(step for step, _ in steps_in(saved)) == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("step", [-4, 2**62])
