@@ -18,6 +18,8 @@ import torch
 from planner.errors import InputError
 
 SYNTHETIC = "synthetic"
+_CHECKED = 1 << 20
+"""How many tokens at either end of a file are looked at when it is opened."""
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
@@ -39,11 +41,17 @@ def open_tokens(path: str | None, vocab_size: int) -> np.ndarray[Any, Any] | Non
             raise InputError("--data", path, f"a readable text or token file is expected ({error})") from None
     if len(tokens) == 0:
         raise InputError("--data", path, "the file is empty")
-    # A whole pass over a large map would be slow: the beginning and the end show a wrong vocabulary.
-    highest = max(int(tokens[: 1 << 20].max()), int(tokens[-(1 << 20) :].max()))
-    if highest >= vocab_size:
-        raise InputError("--data", path or "the built-in text", f"token {highest} is outside the model's vocabulary of {vocab_size}")
+    # A whole pass over a large map would be slow: the beginning and the end show a wrong vocabulary, and batches are looked at as they come.
+    for part in (tokens[:_CHECKED], tokens[-_CHECKED:]):
+        _check(part, vocab_size, path or "the built-in text")
     return tokens
+
+
+def _check(tokens: np.ndarray[Any, Any], vocab_size: int, path: str, place: str = "") -> None:
+    """Raises InputError for a token that the model does not have."""
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocab_size:
+            raise InputError("--data", path, f"{place}token {token} is outside the model's vocabulary of {vocab_size}, 0 to {vocab_size - 1}")
 
 
 def _open(path: Path) -> np.ndarray[Any, Any]:
@@ -81,6 +89,8 @@ class Data:
         self.length = sequence_length
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.unchecked = tokens is not None and len(tokens) > 2 * _CHECKED
+        """Whether a batch may have tokens that nothing has looked at yet."""
 
     def sample(self, step: int, index: int) -> np.ndarray[Any, Any]:
         """Sample `index` (of the global batch) of `step`: sequence length + 1 tokens, int64."""
@@ -91,7 +101,11 @@ class Data:
         return np.asarray(self.tokens[start : start + self.length + 1]).astype(np.int64)
 
     def batch(self, step: int, samples: Iterable[int], num_microbatches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets, each [micro-batches, tokens of a micro-batch], of the samples in their order."""
-        rows = torch.from_numpy(np.stack([self.sample(step, index) for index in samples]))
+        """Tokens and targets, each [micro-batches, tokens of a micro-batch], of the samples in their order. Raises InputError for a token
+        outside the vocabulary."""
+        stacked = np.stack([self.sample(step, index) for index in samples])
+        if self.unchecked:
+            _check(stacked, self.vocab_size, str(getattr(self.tokens, "filename", "")), f"in step {step + 1}, ")
+        rows = torch.from_numpy(stacked)
         shape = (num_microbatches, -1)
         return rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from executor.rehearse import Rehearsal, script
 from executor.restart import Again, agree, attempt, begin, find_again, own_store
 from executor.results import collect, write_run
 from executor.scalars import check_tensorboard, scalar_writer
+from executor.together import OtherRankError, all_or_none
 from executor.traced_build import prepare
 from executor.traced_stage import pipeline_sets
 from executor.traced_train import ModuleTrainer
@@ -61,29 +60,6 @@ def start_process_group(plan: Plan | ChainPlan, device: torch.device, timeout_se
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return dist.get_rank()
-
-
-class OtherRankError(MeshwrightError):
-    """Another rank can't begin, and says why."""
-
-    exit_status = InputError.exit_status
-
-
-@contextmanager
-def all_or_none(device: torch.device) -> Iterator[None]:
-    """All ranks leave the block, or none does: where a MeshwrightError ends it on one, OtherRankError ends it on the others, which would else go on
-    and fail with it."""
-    failure: MeshwrightError | None = None
-    try:
-        yield
-    except MeshwrightError as error:
-        failure = error
-    failures = torch.tensor([0 if failure is None else 1], device=device)
-    dist.all_reduce(failures)
-    if failure is not None:
-        raise failure
-    if int(failures):
-        raise OtherRankError("another rank can't begin")
 
 
 def main(argv: list[str]) -> int:

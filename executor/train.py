@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from executor.mesh import Mesh
 from executor.model import StageModel, build_stages
 from executor.pipeline import Message, StageCompute
 from executor.rank import RankTrainer, RunOptions, StepResult, compute_dtype, learning_rate
+from executor.together import all_or_none
 from executor.units import Unit
 from planner.errors import MeshwrightError
 from planner.plan import Plan, replace
@@ -87,15 +89,16 @@ class Trainer(RankTrainer):
     # a step
 
     def load(self, data: Source) -> None:
-        """This step's tokens and targets, on the ranks that need them."""
+        """This step's tokens and targets, on the ranks that need them. Raises InputError, or OtherRankError, where a rank's can't be used."""
         assert isinstance(data, Data)
         needs_tokens = any(stage.has_embedding for stage in self.stages.values())
         needs_targets = any(stage.has_head for stage in self.stages.values())
         self.compute.tokens = self.compute.targets = None
-        if needs_tokens or needs_targets:
-            tokens, targets = data.batch(self.step_index, self.sample_indices(), self.plan.decisions.num_microbatches)
-            self.compute.tokens = tokens.to(self.device) if needs_tokens else None
-            self.compute.targets = targets.to(self.device) if needs_targets else None
+        with all_or_none(self.device) if data.unchecked else nullcontext():
+            if needs_tokens or needs_targets:
+                tokens, targets = data.batch(self.step_index, self.sample_indices(), self.plan.decisions.num_microbatches)
+                self.compute.tokens = tokens.to(self.device) if needs_tokens else None
+                self.compute.targets = targets.to(self.device) if needs_targets else None
 
     def shorten(self, num_microbatches: int) -> None:
         """Runs steps of the first `num_microbatches` only: for a dry run."""

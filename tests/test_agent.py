@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -33,13 +35,19 @@ def command(folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "executor.start", str(folder / "plan.json"), "--output", str(folder / "run.json"), "--device", "cpu", *options]
 
 
-def refused(folder: Path, *options: str) -> str:
-    """The one line that a run which its ranks refuse ends with."""
+def said(folder: Path, *options: str) -> list[str]:
+    """The lines on stderr of a run which its ranks refuse."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command(folder, *options), capture_output=True, text=True, timeout=240, check=False, env=environment)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert not (folder / "run.json").exists()
+    return done.stderr.strip().splitlines()
+
+
+def refused(folder: Path, *options: str) -> str:
+    """The one line that a run which its ranks refuse ends with."""
+    lines = said(folder, *options)
+    assert len(lines) == 1, lines
     return lines[0]
 
 
@@ -59,6 +67,18 @@ def test_what_only_the_last_rank_refuses_is_said(tmp_path: Path, plan: Plan) -> 
     save_file(weights, folder / "model.safetensors")
     line = refused(tmp_path, "--load", str(folder))
     assert line.startswith("plan: --load: ") and last in line
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2, "m": 2}, {"dp": 2, "m": 1}], ids=str)
+def test_a_token_outside_the_vocabulary_amid_a_file_ends_every_rank(tmp_path: Path, degrees: dict[str, int]) -> None:
+    write_text(tmp_path / "plan.json", dumps(make_plan(**degrees)))  # type: ignore[arg-type]
+    tokens = np.zeros(3 << 20, dtype=np.uint16)
+    tokens[(1 << 20) + 100 : (2 << 20) - 100] = 60_000
+    tokens.tofile(tmp_path / "tokens.bin")
+    saved = ["--checkpoint-every", "1", "--checkpoint-folder", str(tmp_path / "saved")]
+    lines = said(tmp_path, "--data", str(tmp_path / "tokens.bin"), "--seed", "3", *saved)
+    assert re.fullmatch(r"plan: --data: '.*tokens\.bin' is not valid; in step 2, token 60000 is outside the model's vocabulary of \d+, .*", lines[-1])
+    assert [line[:7] for line in lines[:-1]] == ["step 1/"]
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, plan: Plan) -> None:

@@ -44,6 +44,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "plain.bin")
     with pytest.raises(InputError, match="outside the model's vocabulary of 999"):
         open_tokens(str(tmp_path / "plain.bin"), 999)
+    np.array([5, -2] * 20, dtype=np.int32).tofile(tmp_path / "negative.bin")
+    (tmp_path / "negative.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, 4) + struct.pack("<QQ", 1, 1))
+    with pytest.raises(InputError, match="token -2 is outside the model's vocabulary of 256, 0 to 255"):
+        open_tokens(str(tmp_path / "negative.bin"), 256)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "wrong.bin").write_bytes(b"ab")
     (tmp_path / "wrong.idx").write_bytes(b"not an index, but long enough to be read")
