@@ -305,7 +305,7 @@ class _Layers:
             env[before] = graph.placeholder("carried")
             if self._written_by(before, layers):
                 env[before] = graph.call_function(torch.ops.aten.clone.default, (env[before],))
-        sources = {source for node in (*emitted, *wanted) for source in (*node.all_input_nodes, node)}
+        sources = {*wanted, *emitted} | {source for node in emitted for source in node.all_input_nodes}
         used = [index for index, node in enumerate(self.inputs) if node in sources]
         for index in used:
             env[self.inputs[index]] = graph.placeholder(self.inputs[index].name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from executor.mesh import make_mesh
 from executor.optimizer import OptimizerOptions
@@ -66,7 +67,8 @@ def plain(plan, clip: float = 0.0):
                 for leaf in range(len(positional) + len(named))
             ]
             out = module(*rows[: len(positional)], **dict(zip(named, rows[len(positional) :], strict=True)))
-            loss = mean_loss((out["loss"] if isinstance(out, dict) else out,)) * size / count
+            result = [out["loss"]] if isinstance(out, dict) else [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+            loss = mean_loss(tuple(result)) * size / count
             loss.backward()
             total += loss.item()
         losses.append(total)

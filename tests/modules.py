@@ -62,6 +62,19 @@ def gpt2():
     return GPT2LMHeadModel(shape), {"input_ids": ids, "labels": ids}
 
 
+class Several(nn.Module):
+    """Returns what crosses the cut behind its first layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.example_inputs = torch.zeros(2, 4)
+
+    def forward(self, x):
+        crossing = self.first(x)
+        return crossing, {"last": self.third(self.second(crossing)), "none": None}
+
+
 class Autocast(nn.Module):
     """Chooses the type of its second layer itself."""
 
