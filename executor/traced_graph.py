@@ -239,9 +239,11 @@ class _Layers:
         return [storage_of(value) for value in tree_leaves(self.values.get(node)) if isinstance(value, torch.Tensor)]
 
     def _result(self) -> list[fx.Node]:
-        """What the loss is made of: the first scalar that the module returns, else all tensors that depend on a parameter."""
+        """What the loss is made of: the first scalar that the module returns, else all tensors that depend on a parameter, each as often as it is
+        returned."""
         output = next(node for node in self.graph.nodes if node.op == "output")
-        found = [node for node in output.all_input_nodes if isinstance(self.values[node], torch.Tensor) and self.values[node].requires_grad]
+        returned = [node for node in tree_leaves(output.args) if isinstance(node, fx.Node)]
+        found = [node for node in returned if isinstance(self.values[node], torch.Tensor) and self.values[node].requires_grad]
         scalars = [node for node in found if self.values[node].dim() == 0]
         return scalars[:1] or found
 
