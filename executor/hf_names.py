@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -112,8 +113,15 @@ NAMES: dict[str, Names] = {
     ),
 }  # fmt: skip
 
-ALIASES = {"lm_head.weight": "embed_out.weight"}
+HEAD = "lm_head.weight"
+ALIASES = {HEAD: "embed_out.weight"}
 """What tensors are called in older files."""
+_BUFFER = re.compile(r"(.*\.)?(inv_freq|masked_bias|(attn|attention)\.bias|embed_positions|position_ids)")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is what older files have beside the parameters: masks, positions, rotary tables."""
+    return _BUFFER.fullmatch(name) is not None
 
 
 Form = dict[str, tuple[object, ...]]

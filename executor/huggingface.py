@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from executor.hf_names import ALIASES, architecture_of, fused_rows, hf_config, place_of
+from executor.hf_names import ALIASES, HEAD, architecture_of, fused_rows, hf_config, is_buffer, place_of
 from executor.units import Piece
 from planner.documents import write_text
 from planner.errors import InputError, MeshwrightError
-from planner.model import ModelSpec
+from planner.model import ModelSpec, first_difference, read_hf_config
 
 
 class Weights:
@@ -43,19 +43,51 @@ class Weights:
                 self._open[key] = handle
         self.path = path
 
+    def _find(self, name: str) -> str | None:
+        """What the files call the tensor `name`: that, without the base model's prefix, or as older files do."""
+        return next((found for found in (name, name.partition(".")[2], ALIASES.get(name)) if found in self._open), None)
+
     def get(self, name: str) -> torch.Tensor:
-        """The tensor `name`, with or without the base model's prefix, or as older files call it."""
-        for candidate in (name, name.partition(".")[2], ALIASES.get(name)):
-            if candidate in self._open:
-                tensor: torch.Tensor = self._open[candidate].get_tensor(candidate)  # type: ignore[attr-defined]
-                return tensor
-        raise InputError("--load", self.path, f"the tensor {name} is missing there")
+        """The tensor `name`. Raises InputError when there is none."""
+        found = self._find(name)
+        if found is None:
+            raise InputError("--load", self.path, f"the tensor {name} is missing there")
+        tensor: torch.Tensor = self._open[found].get_tensor(found)  # type: ignore[attr-defined]
+        return tensor
+
+    def check_read(self, names: set[str], table: str | None) -> None:
+        """Raises InputError for a tensor that no parameter comes from, none of `names`. The head's is the token `table` again where that is given."""
+        read = {self._find(name) for name in names}
+        head = self._find(HEAD)
+        if table is not None and head is not None:
+            if not torch.equal(self.get(HEAD), self.get(table)):
+                raise InputError("--load", self.path, f"{head} is not {table}, and the plan's model has one table for both")
+            read.add(head)
+        left = sorted(name for name in self._open if name not in read and not is_buffer(name))
+        if left:
+            more = f" (nor {len(left) - 1} more)" if len(left) > 1 else ""
+            raise InputError("--load", self.path, f"the plan's model has no parameter for the tensor {left[0]} there{more}")
+
+
+def _check_config(model: ModelSpec, path: str) -> None:
+    """Raises InputError where a config.json lies with the weights and is of a model that computes something else."""
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if not config.exists():
+        return
+    difference = first_difference(read_hf_config(config, "--load"), model)
+    if difference is not None:
+        field, theirs, ours = difference
+        raise InputError(f"--load: {config}: {field}", theirs, f"the plan's model has {ours}; `--model {config.parent}` plans this one")
 
 
 def reader(model: ModelSpec, path: str) -> Callable[[Piece], torch.Tensor]:
-    """For `Unit.load`: the local slice of each piece from Hugging Face weights. Raises InputError for a missing or misshapen tensor."""
+    """For `Unit.load`: the local slice of each piece from Hugging Face weights. Raises InputError for weights of another model: by its config, or
+    for a tensor that is missing, misshapen or left over."""
     weights = Weights(path)
     architecture = architecture_of(model)
+    _check_config(model, path)
+    table = place_of(architecture, "embedding.tokens").name
+    weights.check_read({place_of(architecture, piece.name).name for piece in global_names(model)}, table if model.tied_embeddings else None)
 
     def value(piece: Piece) -> torch.Tensor:
         name, transposed, part, offset = place_of(architecture, piece.name)

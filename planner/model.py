@@ -275,6 +275,29 @@ def read_hf_config(path: Path, where: str = "--model") -> ModelSpec:
         raise by_its_key(error, config, path) from None
 
 
+_SAID_OF_IT = frozenset({"name", "family", "source", "params_published", "num_training_tokens", "max_sequence_length"})
+"""Fields that no computation depends on."""
+
+
+def _computed(model: ModelSpec) -> dict[str, object]:
+    """What a model computes, by field; the same for an unset field and for the value that it stands for."""
+    values = {name: getattr(model, name) for name in model.__struct_fields__ if name not in _SAID_OF_IT}
+    values |= {"rotary_dim": model.rotary_size, "attention_scale": round(model.scores_scale, 9)}
+    values |= {name: values[name] is True for name in ("rotary_neighbours", "embedding_scaled")}
+    if model.position_embedding != "rope":
+        del values["rope_theta"]
+    if model.sliding_window is msgspec.UNSET:
+        del values["full_attention_every"]
+    return {name: None if value is msgspec.UNSET else value for name, value in values.items()}
+
+
+def first_difference(model: ModelSpec, other: ModelSpec) -> tuple[str, object, object] | None:
+    """The first field in which two models compute something else, with both values; None where they compute the same. What is only said of a model
+    (its name, family, source, longest sequence) does not count."""
+    mine, its = _computed(model), _computed(other)
+    return next(((name, mine[name], its.get(name)) for name in mine if mine[name] != its.get(name)), None)
+
+
 def replace(model: ModelSpec, **changes: Any) -> ModelSpec:
     """A copy of `model` with some fields changed."""
     return msgspec.structs.replace(model, **changes)

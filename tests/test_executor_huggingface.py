@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the comparison needs 
 from safetensors.torch import save_file  # noqa: E402
 
 from executor.hf_names import architecture_of, hf_config, place_of  # noqa: E402
-from executor.huggingface import to_huggingface  # noqa: E402
+from executor.huggingface import reader, to_huggingface  # noqa: E402
 from executor.mesh import make_mesh  # noqa: E402
 from executor.model import check_model  # noqa: E402
 from executor.train import RunOptions, Trainer  # noqa: E402
@@ -197,8 +197,34 @@ def test_weights_of_another_model_are_refused(pair: tuple[Any, Trainer, Path]) -
     other = replace(ours.plan.inputs.model, hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
     attention = ours.plan.inputs.training.attention
     plan = make_plan(other, "cpu:1", micro=2, m=1, sequence_length=LENGTH, precision="fp32", attention=attention)
-    with pytest.raises(InputError, match="has shape"):
-        Trainer(plan, make_mesh(plan.decisions, 0), RunOptions(), torch.device("cpu"), load_from=str(folder))
+    for said in (rf"--load: {folder}/config\.json: hidden_size: 48 is not valid; the plan's model has 64", "has shape"):
+        with pytest.raises(InputError, match=said):
+            Trainer(plan, make_mesh(plan.decisions, 0), RunOptions(), torch.device("cpu"), load_from=str(folder))
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+def test_weights_that_fit_by_their_shapes_alone_are_refused(tmp_path: Path) -> None:
+    """More layers, as many heads of half the size, or a head of its own."""
+    spec = replace(load_model("tiny-llama"), tied_embeddings=True)
+    weights = to_huggingface(spec, lambda piece: torch.zeros(piece.shape))
+    weights |= {"lm_head.weight": weights["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file(weights, path)
+    config.write_text(json.dumps(hf_config(spec)))
+    reader(spec, str(tmp_path))
+    heads = {"num_attention_heads": 2 * spec.num_attention_heads, "num_key_value_heads": 2 * spec.num_key_value_heads}
+    config.write_text(json.dumps(hf_config(replace(spec, head_dim=spec.head_dim // 2, **heads))))
+    for name in (tmp_path, path):
+        with pytest.raises(InputError, match=f"num_attention_heads: {heads['num_attention_heads']} is not valid; the plan's model has"):
+            reader(spec, str(name))
+    config.unlink()
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, path)
+    with pytest.raises(InputError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        reader(spec, str(tmp_path))
+    deeper = replace(spec, num_layers=spec.num_layers + 2)
+    save_file(to_huggingface(deeper, lambda piece: torch.zeros(piece.shape)), path)
+    with pytest.raises(InputError, match=rf"no parameter for the tensor model\.layers\.{spec.num_layers}\.\S+ there \(nor 17 more\)"):
+        reader(spec, str(tmp_path))
 
 
 def test_weights_of_a_model_that_has_no_names_there_are_refused_by_what_differs() -> None:
