@@ -34,7 +34,7 @@ from executor.chunks import Chunk, all_chunks
 from executor.rank import RankTrainer
 from planner.documents import Document, dumps, load, write_text
 from planner.errors import InputError, MeshwrightError
-from planner.model import ModelSpec
+from planner.model import ModelSpec, first_difference
 from planner.plan import digest, plan_hash, replace
 from planner.traced import TracedModel
 
@@ -273,13 +273,35 @@ def read_whole(folder: Path, shapes: dict[str, tuple[int, ...]], field: str) -> 
     return {chunk.name: chunk.tensor for chunk in parts}
 
 
+def _check_model(stored: ModelSpec | TracedModel | None, model: ModelSpec | TracedModel, path: str) -> None:
+    """Raises InputError unless a checkpoint of `stored` is one of the plan's model: what a transformer computes, or the layers of a traced module."""
+    if stored is None or isinstance(stored, TracedModel) != isinstance(model, TracedModel):
+        raise InputError("--resume", path, f"a checkpoint of {model.name} is expected, not of {stored.name if stored else 'nothing'}")
+    if isinstance(stored, TracedModel):
+        assert isinstance(model, TracedModel)
+        difference = next(((name, its, own) for (name, its), (_, own) in zip(_layers(stored), _layers(model), strict=False) if its != own), None)
+    else:
+        assert isinstance(model, ModelSpec)
+        difference = first_difference(stored, model)
+    if difference is not None:
+        field, its, own = difference
+        raise InputError("--resume", path, f"the model of the plan is expected: {field} of the checkpoint's is {its}, of the plan's {own}")
+
+
+def _layers(model: TracedModel) -> list[tuple[str, object]]:
+    """What two traced modules must have in common for one to go on with the other's weights."""
+    found: list[tuple[str, object]] = [("num_layers", model.num_layers)]
+    for index, layer in enumerate(model.layers):
+        cost = model.cost(index)
+        found += [(f"layer {index}", layer.name), (f"num_parameters of layer {layer.name}", cost.num_parameters + cost.num_shared_parameters)]
+    return found
+
+
 def resume(trainer: RankTrainer, path: str) -> int:
     """Loads a checkpoint, written under this plan or another one of the same model. Returns the steps done."""
     folder = find_checkpoint(path)
     state = load_state(folder, "--resume")
-    model = trainer.plan.inputs.model
-    if state.trained != model:
-        raise InputError("--resume", path, f"a checkpoint of {model.name} is expected, not of {state.trained.name if state.trained else 'nothing'}")
+    _check_model(state.trained, trainer.plan.inputs.model, path)
     if state.seed != trainer.options.seed:
         raise InputError("--seed", trainer.options.seed, f"the checkpoint's run has seed {state.seed}, on which its data depend")
     parts = all_chunks(trainer, owned_only=False)

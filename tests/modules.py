@@ -37,6 +37,11 @@ def plain():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(2, 4)
 
 
+def wide():
+    """Layers of the same names as `plain`, with more parameters."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.zeros(2, 4)
+
+
 class Branching(nn.Sequential):
     """Asks what a number is, which an exported graph can't."""
 

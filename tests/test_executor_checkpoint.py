@@ -14,13 +14,15 @@ from test_executor_run import launch
 
 from planner.documents import dumps, write_text
 from planner.errors import InputError
+from planner.model import load_model, replace
 from planner.plan import Plan
 from planner.run import load_run
+from tests.modules import module_plan
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
-from executor.checkpoint import SCHEMA, load_state, read_whole, steps_in  # noqa: E402
+from executor.checkpoint import SCHEMA, _check_model, load_state, read_whole, steps_in  # noqa: E402
 from executor.chunks import rectangles  # noqa: E402
 from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
@@ -140,6 +142,20 @@ def test_a_checkpoint_of_no_possible_step_is_refused(tmp_path: Path, step: int) 
         load_state(tmp_path, "--resume")
 
 
+def test_a_model_is_told_by_what_it_computes() -> None:
+    spec = load_model("tiny-llama")
+    _check_model(spec, replace(spec, name="other", source="elsewhere", rotary_dim=spec.head_dim), "saved")
+    with pytest.raises(InputError, match=rf"rope_theta of the checkpoint's is {spec.rope_theta}, of the plan's 5.0"):
+        _check_model(spec, replace(spec, rope_theta=5.0), "saved")
+    traced = module_plan("tests.modules:plain").inputs.model
+    _check_model(traced, module_plan("tests.modules:plain", precision="mixed-bf16").inputs.model, "saved")
+    for other, said in (("residual", "num_layers of the checkpoint's is 2, of the plan's 6"), ("wide", "layer 1 of the checkpoint's is 20, of")):
+        with pytest.raises(InputError, match=said):
+            _check_model(traced, module_plan(f"tests.modules:{other}").inputs.model, "saved")
+    with pytest.raises(InputError, match=r"a checkpoint of tiny-llama is expected, not of tests\.modules:plain"):
+        _check_model(traced, spec, "saved")
+
+
 def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path) -> None:
     plan = make_plan("tiny-gpt", "cpu:1", m=2, precision="fp32", sequence_length=16)
     saved = str(tmp_path / "saved")
@@ -150,7 +166,7 @@ def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path
     other = make_plan("tiny-llama", "cpu:1", m=2, precision="fp32", sequence_length=16)
     write_text(tmp_path / "other.json", dumps(other))
     for arguments, expected in (
-        ([str(tmp_path / "other.json"), "--resume", saved], "tiny-llama"),
+        ([str(tmp_path / "other.json"), "--resume", saved], "ffn_hidden_size of the checkpoint's is 256, of the plan's 192"),
         ([str(tmp_path / "one.json"), "--resume", saved, "--seed", "3"], "--seed"),
         ([str(tmp_path / "one.json"), "--resume", str(tmp_path)], "--resume"),
     ):

@@ -107,6 +107,10 @@ def test_a_checkpoint_goes_on_under_another_plan(tmp_path):
     sizes = {"buffer.1.num_batches_tracked": (1,)}
     tracked = read_whole(tmp_path / "checkpoints" / "step-5", sizes, "CHECKPOINT")
     assert tracked["buffer.1.num_batches_tracked"].tolist() == [3 + 2 * 2]  # of one data-parallel rank's micro-batches
+    write_text(tmp_path / "second.json", dumps(module_plan(RESIDUAL, pp=2, micro=4, m=2, precision="mixed-bf16")))
+    again = command("run", str(tmp_path / "second.json"), "--model", RESIDUAL, "--steps", "1", "--resume", f"{saved}/step-3", "-o", str(run))
+    assert again.returncode == 0, again.stderr
+    assert [step.loss for step in load_run(str(run)).steps] == pytest.approx(whole[3:4], abs=0.05)
     wrong = command("run", str(tmp_path / "second.json"), "--model", RESIDUAL, "--resume", str(tmp_path / "nowhere"))
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
 
