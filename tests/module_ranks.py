@@ -54,6 +54,9 @@ def plain(plan, clip: float = 0.0):
     data = prepare(plan, reference, SEED).data
     torch.manual_seed(SEED)
     module, example = build_module(find_callable(reference), reference, training.precision, training.sequence_length)
+    made = find_callable(reference)()
+    for part, own in zip(module.modules(), (made[0] if isinstance(made, tuple) else made).modules(), strict=True):
+        part.training = own.training
     positional, named, _ = example_arguments(example)
     parameters = list(module.parameters())
     optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.95))

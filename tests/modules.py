@@ -20,6 +20,16 @@ def residual():
     return cnn.resnet(8, (1, 1, 1), 8, 4)
 
 
+def frozen_norms():
+    """A network whose first batch norm keeps its statistics, far from those of any batch, and whose dropout is off."""
+    norm, dropout = nn.BatchNorm2d(8), nn.Dropout(0.5)
+    with torch.no_grad():
+        norm.running_var.fill_(9.0)
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    parts = (nn.Conv2d(3, 8, 3), norm.eval(), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), dropout.eval(), *tail)
+    return nn.Sequential(*parts), torch.zeros(2, 3, 9, 9)
+
+
 def wider():
     """The same chain of layers with other sizes."""
     return cnn.resnet(12, (1, 1, 1), 8, 4)

@@ -33,7 +33,8 @@ _HOW = (
 
 
 class Built(NamedTuple):
-    """A module in training mode and in the training's type, with the inputs of one call: a tensor, a tuple, or a mapping of arguments."""
+    """A module in the training's type, each part in the mode in which its callable has left it, with the inputs of one call: a tensor, a tuple, or
+    a mapping of arguments."""
 
     module: Any
     example: Any
@@ -54,7 +55,6 @@ def build_module(
     with _explained(reference, where, f"the module fails in {precision}"):
         if convert:
             convert_module(module, precision)
-        module.train()
     return Built(module, example)
 
 
