@@ -52,6 +52,26 @@ def wide():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.zeros(2, 4)
 
 
+def tied():
+    """A table that is the head too, an LSTM and a batch norm."""
+    table, head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+    head.weight = table.weight
+    return nn.Sequential(table, Recurrent(8, 8, batch_first=True), nn.Flatten(), nn.BatchNorm1d(48), nn.Unflatten(1, (6, 8)), head)
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+def doubled():
+    return tied().double(), torch.zeros(2, 6, dtype=torch.long)
+
+
+def moved():
+    return tied().bfloat16().to("cpu"), torch.zeros(2, 6, dtype=torch.long)
+
+
 class Branching(nn.Sequential):
     """Asks what a number is, which an exported graph can't."""
 

@@ -207,6 +207,19 @@ def test_layers_copied_by_torch_and_modules_of_transformers_can_be_cut_anywhere(
         assert layers >= 7 and found.highest
 
 
+@pytest.mark.parametrize("name", ["doubled", "moved"])
+def test_device_and_type_are_the_plans_whatever_the_callable_asks_for(name):
+    import torch
+
+    from executor.traced_build import fake_cut, prepare
+
+    plan = module_plan(f"tests.modules:{name}", pp=2, cuts=(2,))
+    assert plan.inputs.model.num_parameters == 12 * 8 + 2 * 8 * 4 * 8 + 2 * 4 * 8 + 2 * 48
+    prepared, cut = prepare(plan, f"tests.modules:{name}", 0), fake_cut(plan, f"tests.modules:{name}")
+    assert prepared.cut.layer_parameters == cut.layer_parameters and prepared.cut.layer_parameters[-1] == ("0.weight",)
+    assert {value.dtype for value in prepared.state.trained.values()} == {torch.float32}
+
+
 def test_too_few_processes(tmp_path):
     path = str(tmp_path / "plan.json")
     write_text(path, dumps(module_plan(RESIDUAL, pp=2)))

@@ -114,7 +114,8 @@ def _build(build: Callable[[], Any], torch: Any) -> tuple[Any, Any]:
     from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
     try:
-        built = build()
+        with _unconverted(torch):
+            built = build()
     except DataDependentOutputException:
         with unset_fake_temporarily():
             built = build()
@@ -125,6 +126,21 @@ def _build(build: Callable[[], Any], torch: Any) -> tuple[Any, Any]:
             example = getattr(built, name)
             return built, example() if callable(example) and not isinstance(example, torch.Tensor) else example
     return built, None
+
+
+@contextmanager
+def _unconverted(torch: Any) -> Iterator[None]:
+    """Under a fake tensor mode `Module.to`, `.half()` and the like change nothing: they can't swap fake parameters, and what they would choose,
+    `convert_module` and the plan choose afterwards."""
+    from torch._guards import active_fake_mode
+
+    convert = torch.nn.Module._apply
+    if active_fake_mode() is not None:
+        torch.nn.Module._apply = lambda module, fn, recurse=True: module
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = convert
 
 
 def _example(module: Any, example: Any, sequence_length: int | None, reference: str, where: str, torch: Any) -> Any:
