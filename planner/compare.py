@@ -4,7 +4,9 @@
 is unknown, and where the measurement is 0 and the prediction is not.
 
 A plan predicts by pipeline rank and a run measures by rank: `coordinates.pp` of a measured rank says which prediction is
-its own. The memory that a rehearsed run measures is left out, since a rehearsal does not compute.
+its own. The memory that a rehearsed run measures is left out, since a rehearsal does not compute, and so are its times
+where it stretched the predicted ones (`rehearsal_scale`), since messages are not stretched with them. Of its constants only
+the message's is a measurement.
 
 Within a tolerance x means, for every row with both figures:
 - times, tokens per second, and the total of each rank's memory: |error_fraction| <= x;
@@ -137,11 +139,17 @@ def _row(quantity: str, rank: int | None, predicted: float | None, measured: flo
     )
 
 
+def _has_times(run: Run) -> bool:
+    """Whether the run's times can be compared: all but those of a rehearsal that stretched them."""
+    return not run.rehearsed or run.environment.get("rehearsal_scale", 1.0) == 1.0
+
+
 def _whole_rows(plan: AnyPlan, run: Run, dry_run: DryRun | None) -> Iterable[Row]:
     time, traced = plan.predictions.time, max((rank.memory.total_bytes for rank in dry_run.pipeline_ranks), default=None) if dry_run else None
-    yield _row("step_seconds", None, time.step_seconds, run.summary.step_seconds)
+    timed = _has_times(run)
+    yield _row("step_seconds", None, time.step_seconds, run.summary.step_seconds if timed else None)
     if time.tokens_per_second is not None:  # images have none
-        yield _row("tokens_per_second", None, time.tokens_per_second, run.summary.tokens_per_second)
+        yield _row("tokens_per_second", None, time.tokens_per_second, run.summary.tokens_per_second if timed else None)
     yield _row("bubble_fraction", None, time.bubble_fraction, run.summary.bubble_fraction)
     yield _row("peak_bytes", None, plan.predictions.memory.total_bytes, None if run.rehearsed else run.summary.peak_bytes, traced)
 
@@ -158,7 +166,7 @@ def _rank_rows(plan: AnyPlan, run: Run, rank: RunRank, dry_run: DryRun | None, t
     busy = None
     if prediction and prediction.forward_seconds is not None and prediction.backward_seconds is not None:
         busy = plan.decisions.num_microbatches * (prediction.forward_seconds + prediction.backward_seconds)
-    yield _row("busy_seconds", rank.rank, busy, rank.busy_seconds)
+    yield _row("busy_seconds", rank.rank, busy, rank.busy_seconds if _has_times(run) else None)
 
 
 def _prediction(plan: AnyPlan, pipeline_rank: int) -> PipelineRankPrediction | None:
@@ -198,7 +206,8 @@ def causes(plan: AnyPlan, run: Run, actions: Timeline | None, predicted: Timelin
     The schedule is walked once with the predicted times, and once for each constant with the measured mean times of its
     actions, stage by stage: the change of the step's end is that constant's effect. `actions` holds global ranks,
     `predicted` pipeline ranks. A message's time is from the start of its send to the end of its receive, over the messages
-    whose receiver was already waiting; a measured reduction includes waiting for the other ranks.
+    whose receiver was already waiting; a measured reduction includes waiting for the other ranks. Of a rehearsal there is the
+    message only: its passes and its optimizer are the prediction, and its reduction waits for them.
     """
     if actions is None:
         return ()
@@ -209,6 +218,8 @@ def causes(plan: AnyPlan, run: Run, actions: Timeline | None, predicted: Timelin
     start = _walk(plan, guess)
     found = []
     for constant, kinds in CONSTANTS.items():
+        if run.rehearsed and constant != "message":
+            continue
         keys = [key for key in guess if key[0] in kinds and key in truth]
         if not keys:
             continue

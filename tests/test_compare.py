@@ -128,6 +128,17 @@ def test_memory_of_a_rehearsal_is_not_compared():
     assert only(comparison, "bubble_fraction", 0).measured is not None
 
 
+def test_of_a_stretched_rehearsal_bubbles_and_messages_are_compared():
+    plan = plan_3d()
+    run, actions = make_run(plan, rehearsed=True, forward=100.0, message=0.5)
+    times = [(quantity, None) for quantity in ("step_seconds", "tokens_per_second")] + [("busy_seconds", 0)]
+    for scale in (1.0, 1904.56):
+        comparison = compare(plan, replace(run, environment={"rehearsal_scale": scale}), actions=actions)
+        assert {only(comparison, *place).measured is None for place in times} == {scale != 1.0}
+        assert only(comparison, "bubble_fraction", None).measured is not None
+        assert [cause.constant for cause in comparison.causes] == ["message"]
+
+
 def test_blame_finds_the_slow_forward_pass():
     plan = plan_3d()
     run, actions = make_run(plan, forward=1.5)

@@ -131,7 +131,9 @@ def _error(row: Row) -> str:
 
 def comparison_view(document: Comparison, run: Run, *, with_interval: bool = True) -> list[RenderableType | str]:
     """Predicted, dry run and measured: the whole run first, then a row per rank, then the categories of the heaviest rank."""
-    label = "rehearsed (compute replaced by its predicted time)" if document.rehearsed else "measured"
+    stretched = run.environment.get("rehearsal_scale", 1.0)
+    times = f"{stretched:.4g} times " if isinstance(stretched, float) and stretched != 1.0 else ""
+    label = f"rehearsed (compute replaced by {times}its predicted time)" if document.rehearsed else "measured"
     whole = [
         (_SHORT.get(row.quantity, row.quantity), _predicted(row, with_interval), _quantity(row.quantity, row.dry_run),
          _quantity(row.quantity, row.measured), _error(row))
