@@ -21,6 +21,7 @@ SYNTHETIC = "synthetic"
 _CHECKED = 1 << 20
 """How many tokens at either end of a file are looked at when it is opened."""
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_NUMPY_MAGIC = b"\x93NUMPY"
 _MEGATRON_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -57,6 +58,9 @@ def _check(tokens: np.ndarray[Any, Any], vocab_size: int, path: str, place: str 
 def _open(path: Path) -> np.ndarray[Any, Any]:
     if path.suffix == ".idx":
         path = path.with_suffix(".bin")
+    with path.open("rb") as stream:
+        if stream.read(len(_NUMPY_MAGIC)) == _NUMPY_MAGIC:
+            raise InputError("--data", str(path), "text, or a .bin of tokens (`array.astype('uint16').tofile`), is expected, not a NumPy file")
     if path.suffix != ".bin":
         return np.memmap(path, dtype=np.uint8, mode="r")
     index = path.with_suffix(".idx")

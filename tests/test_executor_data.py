@@ -48,6 +48,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "negative.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, 4) + struct.pack("<QQ", 1, 1))
     with pytest.raises(InputError, match="token -2 is outside the model's vocabulary of 256, 0 to 255"):
         open_tokens(str(tmp_path / "negative.bin"), 256)
+    for name in ("array.npy", "array.bin"):
+        with (tmp_path / name).open("wb") as stream:
+            np.save(stream, np.arange(100, dtype=np.uint16))
+        with pytest.raises(InputError, match=r"text, or a \.bin of tokens .*, is expected, not a NumPy file"):
+            open_tokens(str(tmp_path / name), 1000)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "wrong.bin").write_bytes(b"ab")
     (tmp_path / "wrong.idx").write_bytes(b"not an index, but long enough to be read")
