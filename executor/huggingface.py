@@ -21,6 +21,7 @@ from executor.units import Piece
 from planner.documents import write_text
 from planner.errors import InputError, MeshwrightError
 from planner.model import ModelSpec, first_difference, read_hf_config
+from planner.places import check_folder, check_output
 
 
 class Weights:
@@ -137,7 +138,9 @@ def to_huggingface(model: ModelSpec, value: Callable[[Piece], torch.Tensor]) -> 
 
 
 def export(checkpoint: str, folder: str) -> None:
-    """Writes a checkpoint's weights to `folder` as model.safetensors, fp32, with a config.json."""
+    """Writes a checkpoint's weights to `folder` as model.safetensors, fp32, with a config.json. Raises InputError, before anything is read, where
+    that is not possible."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from executor.checkpoint import find_checkpoint, load_state, read_whole
@@ -145,16 +148,21 @@ def export(checkpoint: str, folder: str) -> None:
     path = find_checkpoint(checkpoint, "CHECKPOINT")
     model = load_state(path, "CHECKPOINT").model
     if model is None:
-        raise InputError("CHECKPOINT", path, "a checkpoint of a transformer is expected, not of a traced module")
+        raise InputError("CHECKPOINT", str(path), "a checkpoint of a transformer is expected, not of a traced module")
     architecture_of(model, f"{path}: model")
+    weights, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
+    check_folder("FOLDER", folder)
+    if Path(folder).exists():
+        for target in (weights, config):
+            check_output(str(target), option="FOLDER")
     tensors = read_whole(path, {f"model.{piece.name}": piece.shape for piece in global_names(model)}, "CHECKPOINT")
-    target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("FOLDER", folder, f"a folder that can be made is expected ({error.strerror})") from None
-    save_file(to_huggingface(model, lambda piece: tensors[f"model.{piece.name}"]), target / "model.safetensors", {"format": "pt"})
-    write_text(target / "config.json", json.dumps(hf_config(model), indent=2) + "\n")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(to_huggingface(model, lambda piece: tensors[f"model.{piece.name}"]), weights, {"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        weights.unlink(missing_ok=True)
+        raise InputError("FOLDER", folder, f"a folder that can be made and written in is expected ({error})") from None
+    write_text(config, json.dumps(hf_config(model), indent=2) + "\n", "FOLDER")
 
 
 def main(argv: list[str]) -> int:

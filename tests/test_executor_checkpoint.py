@@ -22,7 +22,7 @@ from tests.modules import module_plan
 torch = pytest.importorskip("torch", reason="the executor needs torch")
 load_file = pytest.importorskip("safetensors.torch", reason="the export needs safetensors").load_file
 
-from executor.checkpoint import SCHEMA, _check_model, load_state, read_whole, steps_in  # noqa: E402
+from executor.checkpoint import SCHEMA, TrainingState, _check_model, load_state, read_whole, steps_in  # noqa: E402
 from executor.chunks import rectangles  # noqa: E402
 from executor.huggingface import main as export  # noqa: E402
 from executor.units import Piece  # noqa: E402
@@ -156,13 +156,25 @@ def test_a_model_is_told_by_what_it_computes() -> None:
         _check_model(traced, spec, "saved")
 
 
-def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_and_refused_for_another_model_or_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan("tiny-gpt", "cpu:1", m=2, precision="fp32", sequence_length=16)
     saved = str(tmp_path / "saved")
     losses(plan, tmp_path, "one", "--steps", "1", "--checkpoint-every", "1", "--checkpoint-folder", saved)
     assert export(["export", saved, str(tmp_path / "exported")]) == 0
     weights = load_file(tmp_path / "exported" / "model.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) == plan.inputs.model.num_parameters
+    (tmp_path / "taken" / "model.safetensors").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    for place in ("/proc", str(tmp_path / "taken"), str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        assert export(["export", saved, place]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: FOLDER: '{place}") and line.count("\n") == 1
+    traced = TrainingState(step=1, seed=0, plan_hash="", traced=module_plan("tests.modules:plain").inputs.model)
+    write_text(tmp_path / "training.json", dumps(traced))
+    assert export(["export", str(tmp_path), str(tmp_path / "exported")]) == 2
+    assert f"CHECKPOINT: '{tmp_path}' is not valid; a checkpoint of a transformer is expected" in capsys.readouterr().err
+    (tmp_path / "training.json").unlink()
     other = make_plan("tiny-llama", "cpu:1", m=2, precision="fp32", sequence_length=16)
     write_text(tmp_path / "other.json", dumps(other))
     for arguments, expected in (
