@@ -54,6 +54,17 @@ def steady_microbatches(decisions: Decisions, pipeline_rank: int) -> int:
     return m
 
 
+def check(plan: Plan, device: str) -> None:
+    """Raises InputError for a model that the executor does not have, or a device that is not there."""
+    import torch
+
+    from executor.model import check_model
+
+    check_model(plan.inputs.model, plan.decisions.tensor_parallel)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", device, "no CUDA device is available")
+
+
 def dry_run(plan: Plan, rank: int, device: str = "cpu") -> Memory:
     """Traced peak of global rank `rank` over one step, by category. With device "cuda", real tensors on this GPU."""
     import torch
@@ -62,14 +73,11 @@ def dry_run(plan: Plan, rank: int, device: str = "cpu") -> Memory:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from executor.mesh import make_mesh
-    from executor.model import check_model
     from executor.optimizer import OptimizerOptions
     from executor.train import RunOptions, Trainer
 
     decisions, training, model = plan.decisions, plan.inputs.training, plan.inputs.model
-    check_model(model, decisions.tensor_parallel)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device", device, "no CUDA device is available")
+    check(plan, device)
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=decisions.world_size)
     try:
         copies = max(1, decisions.tensor_parallel // model.num_key_value_heads)
@@ -102,7 +110,8 @@ def dry_run_in_process(plan: Plan, rank: int, device: str = "cpu") -> DryRunRank
 
 
 def dry_run_plan(plan: Plan, device: str = "cpu") -> DryRun:
-    """One rank of each pipeline rank, each in a fresh process."""
+    """One rank of each pipeline rank, each in a fresh process. Raises InputError before there is one."""
+    check(plan, device)
     ranks = range(plan.decisions.pipeline_parallel)
     found = tuple(dry_run_in_process(plan, rank_of_pipeline_rank(plan, pipeline_rank), device) for pipeline_rank in ranks)
     return DryRun(plan_hash=plan_hash(plan), pipeline_ranks=found)

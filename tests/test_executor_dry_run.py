@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from plans import make_plan
 
+from planner.errors import InputError
 from planner.memory import predict_memory
+from planner.model import RopeScaling, load_model, replace
 from planner.plan import Memory, Plan
 
 torch = pytest.importorskip("torch", reason="the executor needs torch")
@@ -53,6 +55,15 @@ def test_micro_batches_beyond_the_steady_state_change_nothing(schedule: str, vir
     short = [dry_run(plan, rank) for rank in range(2)]
     monkeypatch.setattr(module, "steady_microbatches", lambda decisions, pipeline_rank: decisions.num_microbatches)
     assert [dry_run(plan, rank) for rank in range(2)] == short
+
+
+def test_what_no_process_could_do_is_refused_before_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device: 'cuda' is not valid; no CUDA device is available"):
+        dry_run_plan(make_plan("tiny-gpt", "cpu:1"), "cuda")
+    scaled = replace(load_model("tiny-llama"), rope_scaling=RopeScaling(rope_type="yarn"))
+    with pytest.raises(InputError, match="rope_type"):
+        dry_run_plan(make_plan(scaled, "cpu:1"))
 
 
 def test_each_pipeline_rank_gets_a_process_of_its_own() -> None:
