@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from executor.traced_data import ExampleData
 from executor.traced_graph import Cut, cut_module
 from executor.traced_stage import ModuleState
 from planner.chain_plan import ChainPlan
-from planner.trace import Built, build_module, convert_module, find_callable
+from planner.trace import Built, build_module, convert_module, find_callable, quiet
 
 
 class Prepared(NamedTuple):
@@ -27,8 +26,7 @@ class Prepared(NamedTuple):
 def fake_cut(plan: ChainPlan, reference: str) -> Cut:
     """The module's cut, nothing allocated. Raises InputError where there is none."""
     build, training = find_callable(reference), plan.inputs.training
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         return _cut(plan, build_module(build, reference, training.precision, training.sequence_length), reference)
 
 
@@ -36,8 +34,7 @@ def prepare(plan: ChainPlan, reference: str, seed: int) -> Prepared:
     """Builds the module with its own initial values, which depend on `seed` alone, and cuts it. Raises InputError where that fails."""
     build, training = find_callable(reference), plan.inputs.training
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         built = build_module(build, reference, training.precision, training.sequence_length, convert=False)
         trained = {name: value.detach().float() for name, value in built.module.named_parameters() if value.requires_grad}
         convert_module(built.module, training.precision)

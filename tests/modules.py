@@ -72,6 +72,11 @@ def moved():
     return tied().bfloat16().to("cpu"), torch.zeros(2, 6, dtype=torch.long)
 
 
+def misfit():
+    """`plain` with an example that does not go into it."""
+    return plain()[0], torch.zeros(2, 9)
+
+
 class Branching(nn.Sequential):
     """Asks what a number is, which an exported graph can't."""
 

@@ -169,6 +169,14 @@ def test_wrong_input_is_one_line(arguments, said, tmp_path, capsys, monkeypatch)
     assert said in line and line.count("\n") == 1
 
 
+def test_an_input_that_does_not_fit_is_one_line(tmp_path):
+    path = str(tmp_path / "plan.json")
+    write_text(path, dumps(module_plan("tests.modules:plain", pp=2, cuts=(1,))))
+    for arguments in (("estimate",), ("run", path)):
+        done = command(*arguments, "--model", "tests.modules:misfit")
+        assert done.returncode == 2 and "same reduction dim" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_cut_that_sends_something_else_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan, path = module_plan("tests.modules:small_image", pp=2), str(tmp_path / "plan.json")

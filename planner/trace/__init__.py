@@ -14,6 +14,7 @@ samples: all figures are affine in their number, which is what `planner.traced` 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -69,12 +70,24 @@ def trace_model(reference: str, precision: str, sequence_length: int | None = No
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError:
         raise InputError(where, reference, "tracing a module needs PyTorch: pip install torch") from None
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         module, example = build_module(build, reference, precision, sequence_length, where)
         with _explained(reference, where, f"the module fails in {precision}"):
             traces = [record(module, example_batch(example, samples, precision), torch) for samples in SAMPLES]
     return traced_model(reference, precision, traces, where, sum(p.numel() for p in module.parameters()))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is said of what fails on fake tensors but by the error itself: no warnings, nor torch's own log of it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def find_callable(reference: str, where: str = "--model") -> Callable[[], Any]:
