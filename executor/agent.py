@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
@@ -28,7 +29,13 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ |= {SPEAKS: "1"} | child_environment()
-    options = torchrun.parse_args(["--standalone", "--nproc-per-node", str(num_ranks), "-m", "executor", *arguments])  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:  # for what the ranks record of their end
+        return _start(["--standalone", "--nproc-per-node", str(num_ranks), "--log-dir", folder, "-m", "executor", *arguments])
+
+
+def _start(arguments: list[str]) -> int:
+    """`start_ranks` by torchrun's own arguments."""
+    options = torchrun.parse_args(arguments)  # type: ignore[no-untyped-call]
     handled = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
     options.signals_to_handle = ",".join(handled)  # else it would handle what this process was started to ignore
     try:

@@ -35,18 +35,18 @@ def command(folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "executor.start", str(folder / "plan.json"), "--output", str(folder / "run.json"), "--device", "cpu", *options]
 
 
-def said(folder: Path, *options: str) -> list[str]:
+def said(folder: Path, *options: str, **environment: str) -> list[str]:
     """The lines on stderr of a run which its ranks refuse."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment
     done = subprocess.run(command(folder, *options), capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 2, done.stderr
     assert not (folder / "run.json").exists()
     return done.stderr.strip().splitlines()
 
 
-def refused(folder: Path, *options: str) -> str:
+def refused(folder: Path, *options: str, **environment: str) -> str:
     """The one line that a run which its ranks refuse ends with."""
-    lines = said(folder, *options)
+    lines = said(folder, *options, **environment)
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -54,7 +54,10 @@ def refused(folder: Path, *options: str) -> str:
 def test_what_every_rank_refuses_is_said_once(tmp_path: Path, plan: Plan) -> None:
     data = tmp_path / "short.txt"
     data.write_text("too short")
-    assert refused(tmp_path, "--data", str(data)).startswith("plan: --data: ")
+    (tmp_path / "tmp").mkdir()
+    assert refused(tmp_path, "--data", str(data), TMPDIR=str(tmp_path / "tmp")).startswith("plan: --data: ")
+    left = {path.name for path in (tmp_path / "tmp").iterdir()}
+    assert not {name for name in left if not name.startswith("torchinductor_")}  # torch's own cache, one for all runs
 
 
 def test_what_only_the_last_rank_refuses_is_said(tmp_path: Path, plan: Plan) -> None:
