@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,11 +157,13 @@ def export(checkpoint: str, folder: str) -> None:
         for target in (weights, config):
             check_output(str(target), option="FOLDER")
     tensors = read_whole(path, {f"model.{piece.name}": piece.shape for piece in global_names(model)}, "CHECKPOINT")
+    partial = weights.with_name(f".{weights.name}.partial")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(to_huggingface(model, lambda piece: tensors[f"model.{piece.name}"]), weights, {"format": "pt"})
+        save_file(to_huggingface(model, lambda piece: tensors[f"model.{piece.name}"]), partial, {"format": "pt"})
+        os.replace(partial, weights)
     except (SafetensorError, OSError) as error:
-        weights.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise InputError("FOLDER", folder, f"a folder that can be made and written in is expected ({error})") from None
     write_text(config, json.dumps(hf_config(model), indent=2) + "\n", "FOLDER")
 
