@@ -42,7 +42,7 @@ FLAGS = {
 }
 MOST_GPUS = 65536
 """Up to which more GPUs are tried."""
-UNEVEN = 0.25
+UNEVEN = 0.1
 """Share of the capacity that even stages may lack where uneven ones are still looked for."""
 REPAIR_SECONDS = 4.0
 """Wall-clock seconds that one relaxed search for a repair may take."""
@@ -150,24 +150,23 @@ def more_gpus(inputs: Inputs, constraints: Constraints) -> str | None:
         fixed = dataclasses.replace(fixed, pipeline_parallel=None)
     relaxed, per_node = dataclasses.replace(constraints, fixed=fixed), inputs.cluster.gpus_per_node
 
-    def plan_on(count: int) -> tuple[float, Decisions] | None:
-        return _least_or_better(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), relaxed)
+    def larger(count: int) -> Inputs:
+        return replace(inputs, cluster=with_num_gpus(inputs.cluster, count))
 
     low = inputs.cluster.num_gpus
     for count in itertools.takewhile(lambda count: count <= MOST_GPUS, (low * 2**times for times in itertools.count(1))):
-        plan = plan_on(count)
-        if plan is None:
+        if not _some_plan_fits(larger(count), relaxed):
             low = count
             continue
         until, step = time.monotonic() + REPAIR_SECONDS, per_node if low % per_node == 0 else 1
         for fewer in range(low + step, count, step):
             if time.monotonic() > until:
                 break
-            smaller = plan_on(fewer)
-            if smaller is not None:
-                plan, count = smaller, fewer
+            if _some_plan_fits(larger(fewer), relaxed):
+                count = fewer
                 break
-        return f"{count} GPUs ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}"
+        plan = _least_or_better(larger(count), relaxed)
+        return f"{count} GPUs ({degrees_in_words(plan[1])}): a step of {duration(plan[0])}" if plan else None
     return None
 
 
@@ -185,20 +184,26 @@ def fewer_gpus(inputs: Inputs, constraints: Constraints, seconds: float) -> tupl
     return ()
 
 
+def _some_plan_fits(inputs: Inputs, constraints: Constraints) -> bool:
+    """Whether even stages fit or, where they lack little, a short search finds others that do."""
+    try:
+        over = closest(inputs, constraints)[2]
+    except InputError:
+        return False
+    return over <= 0 or (over <= UNEVEN * capacity_bytes(inputs) and _quick(inputs, constraints) is not None)
+
+
 def _least_or_better(inputs: Inputs, constraints: Constraints) -> tuple[float, Decisions] | None:
-    """The best plan that a short search finds, or else the one that needs least memory; None where even that does not fit."""
+    """The best plan that a short search finds, or else the one of even stages that needs least memory; None where even that does not fit."""
+    found = _quick(inputs, constraints)
+    if found is not None:
+        return found
     try:
         least, _, over, _ = closest(inputs, constraints)
     except InputError:
         return None
-    if over > UNEVEN * capacity_bytes(inputs):
-        return None
-    found = _quick(inputs, constraints)
-    if found is None and over <= 0:
-        seconds = predict(inputs, least).time.step_seconds
-        assert seconds is not None
-        found = seconds, least
-    return found
+    seconds = predict(inputs, least).time.step_seconds
+    return (seconds, least) if over <= 0 and seconds is not None else None
 
 
 def _quick(inputs: Inputs, constraints: Constraints, cutoff: float = math.inf) -> tuple[float, Decisions] | None:

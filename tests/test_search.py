@@ -263,16 +263,16 @@ def test_runners_up_have_their_best_stages_and_say_their_order(monkeypatch):
 
 
 def test_too_few_gpus_are_told_the_least_that_would_do():
-    inputs = inputs_of("gpt3", "a100-80gb:32", 96)
+    inputs, constraints = inputs_of("gpt3", "a100-80gb:32", 96), Constraints(fixed=Fixed(tensor_parallel=8, micro_batch_size=1))
     with pytest.raises(DoesNotFitError) as error:
-        search(inputs)
+        search(inputs, constraints)
     (more,) = [repair for repair in error.value.repairs if " GPUs (" in repair]
     count = int(more.split()[0])
     assert 32 < count < 64
-    search(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), Constraints(time_limit_seconds=20))
+    search(replace(inputs, cluster=with_num_gpus(inputs.cluster, count)), dataclasses.replace(constraints, time_limit_seconds=20))
     for fewer in range(40, count, 8):
         with pytest.raises(DoesNotFitError):
-            search(replace(inputs, cluster=with_num_gpus(inputs.cluster, fewer)))
+            search(replace(inputs, cluster=with_num_gpus(inputs.cluster, fewer)), constraints)
 
 
 def test_a_number_of_gpus_that_divides_badly_is_told_a_smaller_one_that_is_faster():
@@ -288,13 +288,13 @@ def test_a_number_of_gpus_that_divides_badly_is_told_a_smaller_one_that_is_faste
 
 
 def test_too_little_of_the_memory_is_told_the_least_share_that_would_do():
-    inputs = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=0.1)
+    inputs, constraints = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=0.1), Constraints(fixed=Fixed(micro_batch_size=1))
     with pytest.raises(DoesNotFitError) as error:
-        search(inputs)
+        search(inputs, constraints)
     (more,) = [repair for repair in error.value.repairs if repair.startswith("--memory-fraction")]
     share = float(more.split()[1])
     assert 0.1 < share < 0.4
-    search(replace(inputs, training=replace(inputs.training, memory_fraction=share)))
+    search(replace(inputs, training=replace(inputs.training, memory_fraction=share)), constraints)
 
 
 def test_the_plan_is_checked_hashed_and_the_same_each_time():

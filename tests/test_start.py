@@ -12,7 +12,7 @@ from executor.options import arguments, check_outputs
 from executor.start import GIB, PROCESS_BYTES, check_host_memory, main, peaks
 from planner.documents import dumps, write_text
 from planner.errors import DoesNotFitError, InputError
-from planner.plan import replace
+from planner.plan import Memory, replace
 from tests.plans import make_plan
 
 
@@ -100,9 +100,10 @@ def test_every_rank_counts_with_its_own_pipeline_ranks_peak() -> None:
 
 def test_plan_run_refuses_a_plan_for_a_larger_machine_before_it_starts_a_rank(tmp_path: Path) -> None:
     plan = make_plan(pp=2)
-    ranks = tuple(replace(rank, memory=replace(rank.memory, total_bytes=2**50)) for rank in plan.predictions.pipeline_ranks)
+    huge = Memory.of(2**50, 0, 0, 0, 0)
+    ranks = tuple(replace(rank, memory=huge) for rank in plan.predictions.pipeline_ranks)
     path = tmp_path / "plan.json"
-    write_text(path, dumps(replace(plan, predictions=replace(plan.predictions, pipeline_ranks=ranks))))
+    write_text(path, dumps(replace(plan, predictions=replace(plan.predictions, memory=huge, pipeline_ranks=ranks))))
     run = tmp_path / "run.json"
     done = subprocess.run([sys.executable, "-m", "executor.start", str(path), "-o", str(run)], capture_output=True, text=True, check=False)
     assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1 and "would fit" in done.stderr
