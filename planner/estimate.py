@@ -13,7 +13,7 @@ from planner.chain_plan import ChainInputs
 from planner.cluster import ClusterSpec
 from planner.documents import Document, builtins
 from planner.economics import MFU_IMPLAUSIBLE, run_cost
-from planner.memory import in_flight, layer_bytes, predict_memory
+from planner.memory import in_flight, layer_needs, predict_memory
 from planner.model import ModelSpec
 from planner.plan import (
     Decisions,
@@ -159,9 +159,9 @@ def memory_wall(model: ModelSpec, cluster: ClusterSpec, training: Training, num_
     alone = Decisions(data_parallel=1, tensor_parallel=1, pipeline_parallel=1, micro_batch_size=1, num_microbatches=1, stages=())
     sample = {
         level: round(
-            layer_bytes(single, alone, "embedding").saved
-            + model.num_layers * layer_bytes(single, alone, "block", level).saved
-            + layer_bytes(single, alone, "head").saved
+            layer_needs(single, alone, "embedding").kept
+            + model.num_layers * layer_needs(single, alone, "block", level).kept
+            + layer_needs(single, alone, "head").kept
         )
         for level in ("none", "selective", "full")
     }

@@ -34,29 +34,10 @@ from planner.plan import (
 )
 from planner.schedule import IN_TURN_SCHEDULES, Actions, compute_actions
 from planner.shapes import shape_of
-from planner.states import element_bytes, ends_apart, layer_buffers, layer_states, layer_units, vector_parameters
+from planner.states import element_bytes, layer_buffers, layer_states, layer_units, vector_parameters
 
 OPTIMIZER_CHUNK_ELEMENTS = 1 << 22
 """Elements that the executor's optimizer updates at a time."""
-
-
-class LayerBytes(NamedTuple):
-    """One layer on one rank. `saved` is per micro-batch in flight; the transients come on top while it runs."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    saved: float
-    forward_transient: float = 0.0
-    backward_transient: float = 0.0
-
-    @property
-    def states(self) -> float:
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def transient(self) -> float:
-        return max(self.forward_transient, self.backward_transient)
 
 
 def layer_needs(inputs: Inputs, decisions: Decisions, kind: LayerKind, level: Recompute = "none", *, held: bool = False) -> LayerActivations:
@@ -66,24 +47,6 @@ def layer_needs(inputs: Inputs, decisions: Decisions, kind: LayerKind, level: Re
         return megatron_activations(inputs, decisions, kind, level)
     shape = shape_of(inputs, decisions, layer_buffers(inputs, decisions, kind))
     return layer_activations(shape, kind, level, held, split)
-
-
-def layer_bytes(
-    inputs: Inputs, decisions: Decisions, kind: LayerKind, recompute: Recompute = "none", *, tied_copy: bool | None = None
-) -> LayerBytes:
-    """Bytes of one layer on one rank, as the terms of a linear bound; `decisions.stages` is not read and may be empty.
-
-    A stage never needs more than its states, `saved` of its layers for each micro-batch in flight, and the largest transient:
-    `predict_memory` is exact, and below that where the largest transient and the most saved bytes are not at one time.
-    `tied_copy` as in `layer_units`; by default a tied head has its own copy where embedding and head lie on different ranks.
-    """
-    copy = ends_apart(decisions) if tied_copy is None else tied_copy
-    weights, gradients, optimizer = layer_states(inputs, decisions, kind, tied_copy=copy)
-    need = layer_needs(inputs, decisions, kind, recompute, held=kind == "block")
-    saved = max(need.kept, need.deferred)
-    held = 0 if kind == "head" else boundary_bytes(inputs, decisions)
-    backward = max(sum(need.backward), sum(need.weights)) + (held if decisions.pipeline_parallel > 1 else 0)
-    return LayerBytes(weights, gradients, optimizer, saved, sum(need.forward) - need.kept, backward - need.kept)
 
 
 class StageNeeds(NamedTuple):

@@ -55,10 +55,10 @@ def shortage(inputs: Inputs, plan: Decisions) -> tuple[int, float, int]:
     return rank, needs[rank] - capacity_bytes(inputs), needs[rank]
 
 
-def does_not_fit(costs: Costs, constraints: Constraints) -> DoesNotFitError:
-    """The error that says which stage is short of what, by how much, and what would repair it."""
+def does_not_fit(costs: Costs, constraints: Constraints, least: tuple[Decisions, int, float, int]) -> DoesNotFitError:
+    """The error that says which stage is short of what, by how much, and what would repair it; `least` is the `closest` plan."""
     inputs = costs.inputs
-    plan, rank, over, need = closest(inputs, constraints)
+    plan, rank, over, need = least
     stages = [index for index, stage in enumerate(plan.stages) if stage.pipeline_rank == rank]
     memory = predict_memory(inputs, plan)[rank]
     largest = max(("weights", "gradients", "optimizer", "activations", "buffers"), key=lambda part: getattr(memory, f"{part}_bytes"))

@@ -62,11 +62,12 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
 def _least(costs: Costs, asked: Constraints, outcome: Outcome) -> Outcome:
     """The plan that needs least memory, where the search has found none and that one fits: the ILP's bound on memory lies a little above
     `predict_memory`. Raises DoesNotFitError or, where the time limit has passed, SolverError."""
-    plan, _, over, _ = repairs.closest(costs.inputs, asked)
+    least = repairs.closest(costs.inputs, asked)
+    plan, _, over, _ = least
     if over > 0:
         if not outcome.proven and not outcome.shared:
             raise SolverError(f"no plan was found within the time limit of {asked.time_limit_seconds:g} s; none is proven impossible either")
-        raise repairs.does_not_fit(costs, asked)
+        raise repairs.does_not_fit(costs, asked, least)
     seconds = predict(costs.inputs, plan).time.step_seconds
     assert seconds is not None
     return outcome._replace(best=Found(plan, seconds), bound=costs.step_seconds, proven=False, least=True)

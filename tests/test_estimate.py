@@ -4,7 +4,7 @@ from planner.cluster import load_cluster
 from planner.defaults import Fixed, complete, repairs, shortage
 from planner.errors import InputError
 from planner.estimate import capacity_bytes, fits, memory_wall, offload_rows, predict
-from planner.memory import in_flight, layer_bytes, predict_memory
+from planner.memory import in_flight, layer_needs, predict_memory
 from planner.model import load_model, presets
 from planner.plan import Decisions, Inputs, Training, even_stages, replace, stage_blocks
 from planner.states import local_parameters, state_bytes
@@ -136,7 +136,7 @@ def test_gpt3_keeps_6_2_gb_of_checkpointed_activations_on_its_first_rank(profile
             sequence_parallel=sequence_parallel,
         )  # fmt: skip
         completed = complete(load_model("gpt3"), load_cluster("a100-80gb:64"), training, fixed, batch_given=True)
-        kept = layer_bytes(completed.inputs, completed.decisions, "block", "full").saved
+        kept = layer_needs(completed.inputs, completed.decisions, "block", "full").kept
         counts = in_flight(completed.decisions)
         blocks = [len(stage_blocks(stage, completed.inputs.model)) for stage in completed.decisions.stages]
         held[sequence_parallel] = sum(kept * counts[stage] * blocks[stage] for stage in (0, 8, 16))
@@ -153,7 +153,7 @@ def megatron(model: str, level: str, tp: int, sequence_parallel: bool) -> tuple[
         data_parallel=1, tensor_parallel=tp, pipeline_parallel=1, micro_batch_size=1, num_microbatches=1, sequence_parallel=sequence_parallel,
         stages=(),
     )  # fmt: skip
-    return layer_bytes(inputs, decisions, "block", level).saved, inputs  # type: ignore[arg-type]
+    return layer_needs(inputs, decisions, "block", level).kept, inputs  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tp", [1, 8])
