@@ -34,7 +34,13 @@ from planner.plan import Plan, Training, replace
 
 
 def choose_device(name: str) -> torch.device:
-    """CUDA where there is a GPU for this process, else the CPU."""
+    """CUDA where there is a GPU for this process, else the CPU.
+
+    A GPU starts work from 8 queues unless CUDA is told otherwise before it starts; a rank has a stream for each of its groups and channels, and
+    a message that can't go yet would hold up what shares its queue.
+    """
+    if name != "cpu":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", "cuda", "no CUDA device is available")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):

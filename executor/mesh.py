@@ -5,6 +5,11 @@ rank = Σ coordinate[axis] · (product of the degrees of the axes before it).
 
 Bytes are what one rank sends with ring algorithms (Thakur et al. 2005; Patarasuk and Yuan 2009): 2·(n-1)/n·N for an
 all-reduce of N bytes, (n-1)/n·N for an all-gather or a reduce-scatter of N bytes in all, N for a message.
+
+Messages go through *channels*: one for each direction (activations, gradients), sending and receiving pipeline rank. gloo's messages carry tags,
+so that channels can share groups. NCCL's carry none, and those of one communicator are done one after the other, each when both ranks
+have come to it: there, every channel is a communicator of its own. On one channel both ranks come to the messages in the same order
+in every schedule, which tests/test_schedule.py holds.
 """
 
 from __future__ import annotations
@@ -19,11 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from executor.transport import hasten_transport
-from planner.plan import Decisions
+from executor.transport import hasten_transport, irecv, isend
+from planner.plan import Decisions, stage_ranks
 
 _ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+Channel = tuple[str, int, int]
+"""Direction ("F" or "B"), sending and receiving pipeline rank."""
 
 
 class _Done:
@@ -95,8 +104,6 @@ class Mesh:
     tp: Axis
     dp: Axis
     pp: Axis
-    """Its group carries activations; gradients go through `pp_backward`, since NCCL has no tags to tell them apart."""
-    pp_backward: Axis
     shard: Axis
     """The ranks of the data-parallel axis that ZeRO shards over."""
     replicate: Axis
@@ -106,6 +113,10 @@ class Mesh:
     key_value: Axis
     """Tensor-parallel ranks that hold the same key-value heads."""
     sent_bytes: Counter[str]
+    channels: dict[Channel, Any] = field(default_factory=dict)
+    """The group of each channel that begins or ends on this rank."""
+    tagged: bool = True
+    """Whether channels share groups, so that messages need tags."""
     among: dict[tuple[int, ...], Axis] = field(default_factory=dict)
     """By sets of pipeline ranks that share parameters: those of this rank's pipeline; only this rank itself where it is none of them."""
 
@@ -120,9 +131,31 @@ class Mesh:
 
         All ranks must be done with the groups. The default group stays.
         """
-        axes = (self.tp, self.dp, self.pp, self.pp_backward, self.shard, self.replicate, self.tied, self.key_value, *self.among.values())
-        for group in {id(axis.group): axis.group for axis in axes if axis.group is not None}.values():
+        groups = [self.pp.group, *(axis.group for axis in self._summing()), *self.channels.values()]
+        for group in {id(group): group for group in groups if group is not None}.values():
             dist.destroy_process_group(group)
+
+    def connect(self, device: torch.device) -> None:
+        """Sends a little through every group, in the same order on all ranks.
+
+        NCCL connects ranks at their first message or sum, for which each waits on its host: within a step they may come to their first
+        messages in orders that wait for each other, and the time that it takes would count as the step's.
+        """
+        little = torch.zeros(1, device=device)
+        for axis in self._summing():
+            if axis.group is not None:
+                dist.all_reduce(little, group=axis.group)
+        for channel, group in sorted(self.channels.items(), key=lambda item: item[0]):
+            _, source, target = channel
+            if self.pp.index == source:
+                isend(little, self.pp.ranks[target], group).wait()
+            else:
+                irecv(little, self.pp.ranks[source], group).wait()
+        float(little)  # waits for the device
+
+    def _summing(self) -> tuple[Axis, ...]:
+        """The axes that have collectives, and not only messages."""
+        return (self.tp, self.dp, self.shard, self.replicate, self.tied, self.key_value, *self.among.values())
 
 
 def coordinates_of(rank: int, decisions: Decisions) -> dict[str, int]:
@@ -144,6 +177,13 @@ def rank_of(coordinates: dict[str, int], decisions: Decisions) -> int:
     return rank
 
 
+def channels_of(decisions: Decisions) -> list[Channel]:
+    """The channels of a pipeline, in the order in which they are made."""
+    owners = stage_ranks(decisions.schedule, decisions.pipeline_parallel, decisions.num_virtual_stages)
+    crossed = {(here, there) for here, there in itertools.pairwise(owners) if here != there}
+    return sorted([("F", here, there) for here, there in crossed] + [("B", there, here) for here, there in crossed])
+
+
 def make_mesh(
     decisions: Decisions,
     rank: int,
@@ -152,12 +192,16 @@ def make_mesh(
     pipeline_sets: Iterable[tuple[int, ...]] = (),
     timeout_seconds: float = 600.0,
     only_own_groups: bool = False,
+    tagged: bool | None = None,
 ) -> Mesh:
     """The mesh of `decisions` on the default process group. `pipeline_sets` are sets of pipeline ranks that share parameters.
 
     Groups get the timeout themselves, since groups ignore the one of `init_process_group`. Every rank makes every group in
-    the same order, unless `only_own_groups` (a fake process group, where no other rank exists).
+    the same order, unless `only_own_groups` (a fake process group, where no other rank exists). `tagged` is for tests: by default the
+    backend decides whether channels share groups, and groups are connected here where they would not be before their first use.
     """
+    if tagged is None:
+        tagged = not dist.is_initialized() or dist.get_backend() != dist.Backend.NCCL
     sent: Counter[str] = Counter()
     own = coordinates_of(rank, decisions)
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -195,7 +239,6 @@ def make_mesh(
     replicas = decisions.data_parallel_replicate
     shards = decisions.data_parallel // replicas
     pp = axis("pp", slices("pp", all_of))
-    pp_backward = axis("pp", slices("pp", all_of))
     tp, dp = axis("tp", slices("tp", all_of)), axis("dp", slices("dp", all_of))
     if replicas == 1:
         shard, replicate = dp, Axis("dp", (rank,), 0, None, sent)
@@ -209,19 +252,30 @@ def make_mesh(
         return lambda size: [chosen]
 
     among = {chosen: axis("pp", slices("pp", only(chosen))) for chosen in sorted(pipeline_sets)}
+    own_channels = [channel for channel in channels_of(decisions) if own["pp"] in channel[1:]]
+    if tagged:
+        groups = {"F": pp.group, "B": axis("pp", slices("pp", all_of)).group}
+        channels = {channel: groups[channel[0]] for channel in own_channels}
+    else:
+        made = {channel: axis("pp", slices("pp", only(channel[1:]))).group for channel in channels_of(decisions)}
+        channels = {channel: made[channel] for channel in own_channels}
     hasten_transport()
-    return Mesh(
+    mesh = Mesh(
         rank=rank,
         world_size=decisions.world_size,
         coordinates=own,
         tp=tp,
         dp=dp,
         pp=pp,
-        pp_backward=pp_backward,
         shard=shard,
         replicate=replicate,
         tied=Axis("pp", (rank,), 0, None, sent) if rank not in tied.ranks else tied,
         key_value=key_value,
         sent_bytes=sent,
+        channels=channels,
+        tagged=tagged,
         among=among,
     )
+    if not tagged:
+        mesh.connect(torch.device("cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu"))
+    return mesh

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from executor.functions import State
 from executor.measure import Recorder
-from executor.mesh import DONE, Axis, Mesh
+from executor.mesh import DONE, Mesh
 from executor.model import StageModel
 from executor.transport import irecv, isend
 from executor.units import Unit
@@ -148,47 +148,47 @@ class SleepCompute:
         self._act("OPTIMIZER", -1)
 
 
-Channel = tuple[str, int]
+Flow = tuple[str, int]
 """Direction ("F" or "B") and sending stage."""
 
 
 class Sends:
     """Messages on their way, each with its tensor.
 
-    With `in_turn` (`planner.schedule.IN_TURN_SCHEDULES`) each channel holds its last message until the next one, which waits
+    With `in_turn` (`planner.schedule.IN_TURN_SCHEDULES`) each flow holds its last message until the next one, which waits
     until the last has been taken: so many tensors at any time, however late the others are. Without, a message is let go as
-    soon as it has arrived. A gloo message says so only to who waits for it, so a thread waits, one for each channel; NCCL's
+    soon as it has arrived. A gloo message says so only to who waits for it, so a thread waits, one for each flow; NCCL's
     can be asked; a fake one has arrived at once.
     """
 
     def __init__(self, in_turn: bool) -> None:
         self.in_turn = in_turn
         self.backend = dist.get_backend() if dist.is_initialized() else "none"
-        self._last: dict[Channel, tuple[Any, torch.Tensor]] = {}
+        self._last: dict[Flow, tuple[Any, torch.Tensor]] = {}
         self._pending: list[tuple[Any, torch.Tensor]] = []
-        self._queues: dict[Channel, queue.SimpleQueue[Any]] = {}
+        self._queues: dict[Flow, queue.SimpleQueue[Any]] = {}
         self._error: BaseException | None = None
 
-    def send(self, channel: Channel, tensor: torch.Tensor, start: Callable[[], Any]) -> None:
+    def send(self, flow: Flow, tensor: torch.Tensor, start: Callable[[], Any]) -> None:
         """Starts a message of `tensor`, and keeps the tensor until it is let go."""
         if self.in_turn:
-            self._let_go(channel)
-            self._last[channel] = (start(), tensor)
+            self._let_go(flow)
+            self._last[flow] = (start(), tensor)
             return
         work = start()
         if self.backend == "gloo":
-            if channel not in self._queues:
-                self._queues[channel] = queue.SimpleQueue()
-                threading.Thread(target=self._wait, args=(self._queues[channel],), name=f"sends {channel}", daemon=True).start()
-            self._queues[channel].put((work, tensor))
+            if flow not in self._queues:
+                self._queues[flow] = queue.SimpleQueue()
+                threading.Thread(target=self._wait, args=(self._queues[flow],), name=f"sends {flow}", daemon=True).start()
+            self._queues[flow].put((work, tensor))
         elif self.backend != "fake":
             self._pending = [item for item in self._pending if not item[0].is_completed()]
             self._pending.append((work, tensor))
 
     def finish(self) -> None:
         """Waits for all messages. Raises what went wrong with one."""
-        for channel in list(self._last):
-            self._let_go(channel)
+        for flow in list(self._last):
+            self._let_go(flow)
         for work, _ in self._pending:
             work.wait()
         self._pending = []
@@ -199,8 +199,8 @@ class Sends:
         if self._error is not None:
             raise self._error
 
-    def _let_go(self, channel: Channel) -> None:
-        work, _ = self._last.pop(channel, (None, None))
+    def _let_go(self, flow: Flow) -> None:
+        work, _ = self._last.pop(flow, (None, None))
         if work is not None:
             work.wait()
 
@@ -292,22 +292,23 @@ class Pipeline:
         else:
             self._outbox[direction, stage, microbatch] = out
 
-    def _axis(self, direction: str) -> Axis:
-        return self.mesh.pp if direction == "F" else self.mesh.pp_backward
+    def _channel(self, direction: str, source: int, to: int) -> Any:
+        """The group for messages from one stage to another."""
+        return self.mesh.channels[direction, self.stage_ranks[source], self.stage_ranks[to]]
 
     def _tag(self, direction: str, to: int, microbatch: int) -> int:
-        return 2 * (microbatch * len(self.stage_ranks) + to) + (direction == "B")
+        return 2 * (microbatch * len(self.stage_ranks) + to) + (direction == "B") if self.mesh.tagged else 0
 
     def _send(self, direction: str, to: int, stage: int, microbatch: int) -> None:
         tensor = self._outbox.pop((direction, stage, microbatch)).contiguous()
-        axis = self._axis(direction)
-        axis.sent_bytes["pp"] += tensor.nbytes
-        peer, tag = axis.ranks[self.stage_ranks[to]], self._tag(direction, to, microbatch)
-        self._sends.send((direction, stage), tensor, lambda: isend(tensor, peer, axis.group, tag))
+        self.mesh.sent_bytes["pp"] += tensor.nbytes
+        group, tag = self._channel(direction, stage, to), self._tag(direction, to, microbatch)
+        peer = self.mesh.pp.ranks[self.stage_ranks[to]]
+        self._sends.send((direction, stage), tensor, lambda: isend(tensor, peer, group, tag))
 
     def _receive(self, direction: str, source: int, stage: int, microbatch: int) -> None:
         shape, dtype = self.messages[min(source, stage)]
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        axis = self._axis(direction)
-        irecv(tensor, axis.ranks[self.stage_ranks[source]], axis.group, self._tag(direction, stage, microbatch)).wait()
+        group, tag = self._channel(direction, source, stage), self._tag(direction, stage, microbatch)
+        irecv(tensor, self.mesh.pp.ranks[self.stage_ranks[source]], group, tag).wait()
         self._inbox[direction, stage, microbatch] = tensor

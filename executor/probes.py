@@ -112,7 +112,7 @@ def _lonely_mesh(pipeline_rank: int) -> Mesh:
 
     return Mesh(
         rank=0, world_size=1, coordinates={"pp": pipeline_rank, "dp": 0, "tp": 0}, tp=axis("tp"), dp=axis("dp"), pp=axis("pp", pipeline_rank),
-        pp_backward=axis("pp", pipeline_rank), shard=axis("dp"), replicate=axis("dp"), tied=axis("pp"), key_value=axis("tp"), sent_bytes=sent,
+        shard=axis("dp"), replicate=axis("dp"), tied=axis("pp"), key_value=axis("tp"), sent_bytes=sent,
     )  # fmt: skip
 
 

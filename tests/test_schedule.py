@@ -1,5 +1,6 @@
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable
+from itertools import permutations
 
 import pytest
 
@@ -161,6 +162,82 @@ def walked_in_turn(lists: tuple[Actions, ...], seconds: Callable[[str, int], flo
                 positions[rank] += 1
         assert positions != start, "the ranks wait for each other"
     return max(clocks)
+
+
+def meeting(lists: tuple[Actions, ...], owners: tuple[int, ...], in_turn: bool, channel: Callable[[str, int, int], Hashable]) -> str:
+    """What happens where messages have no tags, and those of a channel are done one after the other, each when both ranks have come to it.
+
+    `channel` is given a message's direction, sender and receiver. A rank goes on when it has posted a message, and waits for what it
+    receives and, `in_turn`, before it sends, for the message before from the same stage. Returns "done", "mixed up" or "stuck".
+    """
+    queues: list[dict[Hashable, deque[Action]]] = [defaultdict(deque) for _ in lists]
+    awaited: list[Action | None] = [None] * len(lists)
+    sent: list[dict[tuple[str, int], Action]] = [{} for _ in lists]
+    positions, under_way, mixed_up = [0] * len(lists), set[Action](), False
+
+    def go_on(rank: int) -> None:
+        for action in lists[rank][positions[rank] :]:
+            if awaited[rank] in under_way:
+                return
+            kind, stage, _ = action
+            if kind[:4] in ("SEND", "RECV"):
+                if kind[:4] == "SEND" and in_turn and sent[rank].get((kind, stage)) in under_way:
+                    return
+                step = 1 if kind in ("SEND_F", "RECV_B") else -1
+                ends = (stage, stage + step) if kind[:4] == "SEND" else (stage + step, stage)
+                queues[rank][channel(kind[-1], owners[ends[0]], owners[ends[1]])].append(action)
+                under_way.add(action)
+                if kind[:4] == "SEND":
+                    sent[rank][kind, stage] = action
+                else:
+                    awaited[rank] = action
+            positions[rank] += 1
+
+    def meet(mine: deque[Action], theirs: deque[Action]) -> bool:
+        """Whether the first of two queues of a channel are a send and a receive, which then are done."""
+        nonlocal mixed_up
+        if not mine or not theirs or (mine[0].kind[:4], theirs[0].kind[:4]) != ("SEND", "RECV"):
+            return False
+        one, other = mine.popleft(), theirs.popleft()
+        under_way.difference_update((one, other))
+        step = 1 if one.kind == "SEND_F" else -1
+        mixed_up = mixed_up or other != Action(f"RECV_{one.kind[-1]}", one.stage + step, one.microbatch)
+        return True
+
+    moved = True
+    while moved:
+        before = list(positions)
+        for rank in range(len(lists)):
+            go_on(rank)
+        pairs = [(queues[a][name], queues[b][name]) for a, b in permutations(range(len(lists)), 2) for name in set(queues[a]) & set(queues[b])]
+        moved = any([meet(*pair) for pair in pairs]) or positions != before
+    if under_way or any(position < len(order) for position, order in zip(positions, lists, strict=True)):
+        return "stuck"
+    return "mixed up" if mixed_up else "done"
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize(
+    ("schedule", "v"),
+    [("Naive", 1), ("GPipe", 1), ("1F1B", 1), ("ZBVZeroBubble", 2)]
+    + [(schedule, v) for schedule in ("Interleaved1F1B", "InterleavedZeroBubble") for v in (2, 3, 4)],
+)
+def test_messages_without_tags_arrive_where_each_channel_has_its_own_line(schedule: str, v: int, p: int, m: int) -> None:
+    lists, owners = actions(schedule, p, v, m), stage_ranks(schedule, p, v)
+    assert meeting(lists, owners, schedule in IN_TURN_SCHEDULES, lambda direction, source, target: (direction, source, target)) == "done"
+
+
+def test_messages_without_tags_need_a_channel_for_each_direction_and_pair() -> None:
+    def outcome(schedule: str, p: int, channel: Callable[[str, int, int], Hashable]) -> str:
+        return meeting(actions(schedule, p, 2, 4), stage_ranks(schedule, p, 2), schedule in IN_TURN_SCHEDULES, channel)
+
+    def pair(direction: str, source: int, target: int) -> Hashable:
+        return direction, frozenset((source, target))
+
+    assert outcome("Interleaved1F1B", 2, pair) == "stuck"
+    assert outcome("ZBVZeroBubble", 4, pair) == "stuck"
+    assert outcome("InterleavedZeroBubble", 2, lambda direction, source, target: (source, target)) == "mixed up"
 
 
 @pytest.mark.parametrize("schedule", sorted(IN_TURN_SCHEDULES))
