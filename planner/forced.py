@@ -9,6 +9,7 @@ choices are tried in the order of their seconds until one frees what all the mom
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from planner.pipeline import Moment, Option, Pipeline, Run
 
 MOMENTS, TRIES = 8, 600
 """Moments of a rank that are looked at, those that need most with nothing recomputed, and choices that are tried on all of them."""
+MOST_NUMBERS = 1 << 16
+"""Of layers by option, beyond which no choices are tried."""
 
 
 class Forced(NamedTuple):
@@ -139,13 +142,12 @@ def _cheapest(run: Run, counts: Sequence[Sequence[int]], chosen: int, moment: Mo
     ]
     ones = _sums(saving[0] for saving in savings)
     more = _sums(saving[1] - saving[0] for saving in savings) if len(others) > 1 else [0.0]
-    best = math.inf
+    best, peak = math.inf, max(range(len(ones)), key=ones.__getitem__)
     for second in range(len(more)):
-        for total in range(second, len(ones)):
-            if ones[total] + more[second] >= lack * (1 - 1e-9):
-                cost = (total - second) * extra[0] + (second * extra[1] if second else 0.0)
-                best = min(best, cost)
-                break
+        wanted = lack * (1 - 1e-9) - more[second]
+        total = bisect.bisect_left(ones, wanted, second, peak + 1) if second <= peak else second  # sums rise to their peak, then fall
+        if total < len(ones) and ones[total] >= wanted:
+            best = min(best, (total - second) * extra[0] + (second * extra[1] if second else 0.0))
     return best
 
 
@@ -160,6 +162,8 @@ def _together(
     ]
     lacks = [lack - 1e-9 * abs(lack) for _, lack in moments]
     total, tries = sum(places), TRIES
+    if (total + 1) ** len(others) > MOST_NUMBERS:
+        return least
     numbers = itertools.product(range(total + 1), repeat=len(others))
     for cost, chosen_numbers in sorted((sum(n * each for n, each in zip(row, extra, strict=True)), row) for row in numbers if sum(row) <= total):
         if cost < least * (1 - 1e-9):

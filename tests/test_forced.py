@@ -9,10 +9,10 @@ import pytest
 
 from planner.choices import rank_choices
 from planner.critical_path import graph, rank_paths
-from planner.forced import forced, forced_in_the_mean, path_bound
+from planner.forced import _cheapest, forced, forced_in_the_mean, path_bound
 from planner.greedy import fit, frozen, improve, place
 from planner.moments import mean_in_flight, memory_moments
-from planner.pipeline import Option, Piece, Pipeline, Run, excess_bytes, stage_seconds
+from planner.pipeline import Moment, Option, Piece, Pipeline, Run, excess_bytes, stage_seconds
 from planner.plan import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from planner.solver import solve_pipeline
 from tests.test_solver import giving_back
@@ -127,3 +127,19 @@ def test_choices_of_ranks_hold_the_optimum_and_their_bound_stays_below_it(shape)
             else:
                 assert solution is None or solution.counts is None
     assert fitting > 6 and dropped > 6, "too few of the instances fit to say anything"
+
+
+def test_the_fewest_layers_are_found_where_some_options_save_nothing_or_less():
+    rng = random.Random(5)
+    for _ in range(200):
+        options = tuple(Option(str(index), 1.0, 2.0, 1.0, 1.0, rng.uniform(0, 4)) for index in range(rng.choice([2, 3])))
+        run, extra = Run("block", 9, options), sorted(rng.uniform(0.1, 1) for _ in options[1:])
+        moment, counts = Moment(0, ((0, rng.randint(1, 3), 0), (1, rng.randint(1, 3), 0)), 0, "F"), ((rng.randint(0, 4),), (rng.randint(1, 4),))
+        layers = [saved for stage, saved, _ in moment.in_flight for _ in range(*counts[stage])]
+        savings = [[saved * (options[0].saved - other.saved) for other in options[1:]] for saved in layers]
+        lack = rng.uniform(0, 1.2) * sum(max(0.0, *row) for row in savings) + 1e-3
+        ones = [0.0, *itertools.accumulate(sorted((row[0] for row in savings), reverse=True))]
+        more = [0.0, *itertools.accumulate(sorted((row[-1] - row[0] for row in savings), reverse=True))]
+        ways = [(a, b) for a in range(len(savings) + 1) for b in range(a + 1 if len(extra) > 1 else 1) if ones[a] + more[b] >= lack * (1 - 1e-9)]
+        least = min(((a - b) * extra[0] + (b * extra[1] if b else 0.0) for a, b in ways), default=math.inf)
+        assert _cheapest(run, counts, 0, moment, extra, lack) == pytest.approx(least)
