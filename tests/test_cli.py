@@ -3,7 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+import planner.search
+from planner import cli
+from planner.candidates import Constraints
+from planner.errors import SolverError
+from planner.plan import Inputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +66,9 @@ WRONG = [
     (["demo", "-o", ""], "--output"),
     (["demo", "--model", "gpt3"], "--model"),
     (["estimate", "--model", "gpt3", "-o", "never.html"], "--gpus"),
+    (["estimate", "--model", "gpt3", "--time-limit", "3"], "--time-limit: 3.0 "),
+    (["estimate", "--model", "gpt3", "--tp", "8", "--gap", "0"], "--gap: 0.0 "),
+    (["estimate", "--model", "gpt3", "--gpus", "8", "--global-batch-size", "8", "--time-limit", "0"], "a positive number"),
     (["solve", "--model", "gpt2", "--cluster", "a100:1", "--global-batch-size", "8", "--gap", "nan"], "--gap"),
     (["solve", "--model", "gpt2", "--cluster", "a100:1", "--global-batch-size", "8", "--time-limit", "inf"], "--time-limit"),
     (["estimate", "--model", "gpt2", "--memory-fraction", "nan"], "--memory-fraction"),
@@ -217,6 +227,49 @@ def test_a_sweep_in_which_nothing_fits_says_what_would() -> None:
     assert "does not fit 2 x" in done.stderr and "would fit" in done.stderr
     none = plan("estimate", "--model", "gpt3", "--gpus", "7", "--cluster", "a100-80gb", "--global-batch-size", "1", "--pp", "1")
     assert none.returncode == 2 and none.stdout == "" and "--pipeline-parallel" in none.stderr.splitlines()[-1]
+
+
+SWEEP = ["estimate", "--model", "gpt2", "--cluster", "a100-80gb", "--global-batch-size", "8", "--gpus", "1,2,4", "--json"]
+
+
+def test_a_sweep_has_a_time_limit_and_says_what_it_leaves_unproven() -> None:
+    done = plan(*SWEEP[:2], "llama-2-7b", *SWEEP[3:5], "--global-batch-size", "100", "--gpus", "100", "--time-limit", "0.001")
+    assert done.returncode == 0 and "not proven, gap " in done.stdout, done.stderr
+    proven = plan(*SWEEP[:-1])
+    assert proven.returncode == 0 and "not proven" not in proven.stdout, proven.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], (60.0, 0.01)), (["--time-limit", "5", "--gap", "0"], (5.0, 0.0))], ids=["default", "given"])
+def test_every_search_of_a_sweep_gets_the_limits(given: list[str], expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def none_found(inputs: Inputs, constraints: Constraints) -> None:
+        limits.append((constraints.time_limit_seconds, constraints.accepted_gap))
+        raise SolverError("no plan was found within the time limit")
+
+    monkeypatch.setattr(planner.search, "search", none_found)
+    with pytest.raises(SolverError, match="within the time limit"):
+        cli.plan.main([*SWEEP, *given], standalone_mode=False)
+    assert limits == [expected] * 3
+
+
+def test_a_sweep_keeps_what_it_has_when_a_search_finds_nothing_or_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, ends = planner.search.search, {2: SolverError("no plan was found within the time limit"), 4: KeyboardInterrupt()}
+
+    def ending(inputs: Inputs, constraints: Constraints) -> object:
+        if inputs.cluster.num_gpus in ends:
+            raise ends[inputs.cluster.num_gpus]
+        return real(inputs, constraints)
+
+    monkeypatch.setattr(planner.search, "search", ending)
+    page = tmp_path / "sweep.html"
+    with pytest.raises(click.exceptions.Abort):
+        cli.plan.main([*SWEEP, "-o", str(page)], standalone_mode=False)
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["why_not"] for point in points] == [None, "no plan was found within the time limit", "interrupted"]
+    assert points[0]["plan"] and "4 GPUs: interrupted" in page.read_text(encoding="utf-8")
 
 
 def test_explain_names_every_term_and_its_letters_without_degrees_too() -> None:

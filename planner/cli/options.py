@@ -120,6 +120,8 @@ class Number(click.ParamType[float]):
 POSITIVE = _Positive()
 NUMBER = Number()
 FRACTION = Number(lambda number: 0 < number <= 1, "a fraction above 0 and at most 1")
+GAP = Number(lambda number: 0 <= number < 1, "a fraction from 0 to below 1")
+DEFAULT_TIME_LIMIT, DEFAULT_GAP = 60.0, 0.01
 
 
 def choice(values: tuple[str, ...]) -> click.ParamType[str]:
@@ -165,11 +167,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SOLVER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--time-limit", type=NUMBER, default=60.0, show_default=True, help="Seconds; then the best plan found, with its gap."),
-    click.option(
-        "--gap", type=Number(lambda number: 0 <= number < 1, "a fraction from 0 to below 1"), default=0.01, show_default=True,
-        help="Enough after 8 CPU-seconds; 0: prove it.",
-    ),
+    click.option("--time-limit", type=NUMBER, default=DEFAULT_TIME_LIMIT, show_default=True, help="Seconds; then the best plan found, with its gap."),
+    click.option("--gap", type=GAP, default=DEFAULT_GAP, show_default=True, help="Enough after 8 CPU-seconds; 0: prove it."),
     click.option("--forbid", multiple=True, metavar="DECISION=VALUE", help="A value that a decision must not take: schedule=GPipe. Repeatable."),
     click.option("--rank-order", metavar="AXES", help="Mesh axes from the fastest varying: tp-dp-pp."),
     click.option("--free-cuts", is_flag=True, help="Cut anywhere with several stages a rank, too; a proof then takes minutes."),

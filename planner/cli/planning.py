@@ -10,6 +10,9 @@ import click
 from planner import documents
 from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import (
+    DEFAULT_GAP,
+    DEFAULT_TIME_LIMIT,
+    GAP,
     NUMBER,
     Request,
     cluster_of,
@@ -99,10 +102,14 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
 @click.command()
 @request_options
 @click.option("--gpus", help="A sweep: numbers of GPUs such as 64,128,256, each with its best plan.")
+@click.option("--time-limit", type=NUMBER, help=f"With --gpus: seconds for each number; then its best plan found. Default: {DEFAULT_TIME_LIMIT:g}.")
+@click.option("--gap", type=GAP, help=f"With --gpus: enough after 8 CPU-seconds of each number; 0: prove it. Default: {DEFAULT_GAP:g}.")
 @click.option("--explain", is_flag=True, help="Every term of the memory model of the fullest GPU: bytes, per what, and why.")
 @click.option("-o", "--output", type=click.Path(), help="With --gpus: where to write a page with the sweep.")
 @json_option
-def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool, **options: Any) -> int:
+def estimate(
+    gpus: str | None, time_limit: float | None, gap: float | None, explain: bool, output: str | None, as_json: bool, **options: Any
+) -> int:
     """Memory, time and cost. Without degrees: the whole model, and what a single GPU would need.
 
     With degrees: a row per pipeline rank; the heaviest GPU governs. Exit status 3 where the plan does not fit.
@@ -111,12 +118,18 @@ def estimate(gpus: str | None, explain: bool, output: str | None, as_json: bool,
     from planner.tables import plans, text
 
     request = request_of(options)
+    if gpus is None:
+        for name, value in (("--time-limit", time_limit), ("--gap", gap)):
+            if value is not None:
+                raise InputError(name, value, "it limits the searches of a sweep, which --gpus asks for: --gpus 64,128,256")
     if is_reference(request.model):
         from planner.cli.chains import estimate_traced
 
         return estimate_traced(request, {"--gpus": gpus, "--explain": explain, "--output": output}, as_json)
     if gpus is not None:
-        return _sweep(request, gpus, output, as_json)
+        return _sweep(
+            request, gpus, DEFAULT_TIME_LIMIT if time_limit is None else time_limit, DEFAULT_GAP if gap is None else gap, output, as_json
+        )
     if output is not None:
         raise InputError("--output", output, "it is the page of a sweep, which --gpus asks for: --gpus 64,128,256")
     model = model_of(request)
@@ -213,11 +226,15 @@ def _with_run(plan: Plan, request: Request) -> Plan:
     return replace(plan, predictions=replace(plan.predictions, time=time))
 
 
-def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> int:
-    """The best plan for each number of GPUs. Raises InputError where the options are wrong for every number, DoesNotFitError where none fits."""
+def _sweep(request: Request, gpus: str, time_limit: float, gap: float, output: str | None, as_json: bool) -> int:
+    """The best plan for each number of GPUs, each found within `time_limit` seconds or until its `gap` is enough.
+
+    Interrupted, it shows what it has. Raises InputError where the options are wrong for every number, DoesNotFitError where none fits,
+    SolverError where no search has found a plan in its time.
+    """
     from planner.candidates import Constraints
     from planner.cluster import with_num_gpus
-    from planner.errors import DoesNotFitError
+    from planner.errors import DoesNotFitError, SolverError
     from planner.search import search
     from planner.tables import plans, text
 
@@ -235,10 +252,13 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
     points: list[tuple[int, Plan | None, str]] = []
     short: DoesNotFitError | None = None
     wrong: InputError | None = None
+    unsolved: SolverError | None = None
+    stopped: KeyboardInterrupt | None = None
+    constraints = Constraints(fixed=fixed_of(request), time_limit_seconds=time_limit, accepted_gap=gap)
     for number in numbers:
         click.echo(f"solving for {number:,} GPUs", err=True)
         try:
-            plan = search(replace(inputs, cluster=with_num_gpus(inputs.cluster, number)), Constraints(fixed=fixed_of(request)))
+            plan = search(replace(inputs, cluster=with_num_gpus(inputs.cluster, number)), constraints)
             points.append((number, _with_run(plan, request), ""))
         except DoesNotFitError as error:
             short = error
@@ -246,8 +266,17 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
         except InputError as error:
             wrong = error
             points.append((number, None, str(error)))
+        except SolverError as error:
+            unsolved = error
+            points.append((number, None, str(error)))
+        except KeyboardInterrupt as error:
+            stopped = error
+            points += [(left, None, "interrupted") for left in numbers[len(points) :]]
+            break
     found = any(plan is not None for _, plan, _ in points)
-    if wrong is not None and short is None and not found:
+    if stopped is not None and not found:
+        raise stopped
+    if wrong is not None and short is None and unsolved is None and not found:
         raise wrong
     if output is not None:
         _write_sweep(inputs.model.name, points, output)
@@ -260,6 +289,10 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
     else:
         warned = plans.sweep_warnings(points)
         click.echo(text.show(plans.sweep_table(inputs.model.name, points), *([text.notes("Warnings", warned)] if warned else [])), nl=False)
+    if stopped is not None:
+        raise stopped
+    if unsolved is not None and not found:
+        raise unsolved
     if short is not None and not found:
         raise short
     return 0
@@ -268,6 +301,7 @@ def _sweep(request: Request, gpus: str, output: str | None, as_json: bool) -> in
 def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: str) -> None:
     from planner.report import sweep_report
     from planner.report.figures import SweepPoint
+    from planner.tables.plans import unproven
 
     drawn = [
         SweepPoint(
@@ -280,7 +314,8 @@ def _write_sweep(name: str, points: list[tuple[int, Plan | None, str]], output: 
         for number, plan, _ in points
         if plan is not None
     ]
-    documents.write_text(output, sweep_report(f"{name} on different numbers of GPUs", drawn, [f"{n:,} GPUs: {why}" for n, _, why in points if why]))
+    notes = [f"{number:,} GPUs: {why or unproven(plan)}" for number, plan, why in points if why or unproven(plan)]
+    documents.write_text(output, sweep_report(f"{name} on different numbers of GPUs", drawn, notes))
     click.echo(f"wrote {output}", err=True)
 
 

@@ -148,6 +148,12 @@ def training_line(time: Time) -> str:
     return f"  training: {', '.join(parts)}"
 
 
+def unproven(plan: Plan | None) -> str:
+    """What a search has left unproven, in words; nothing where its plan is the best."""
+    gap = plan.solver.gap_fraction if plan else None
+    return f"not proven, gap {gap:.2%}" if gap else ""
+
+
 def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Table:
     """The best plan for each number of GPUs."""
     rows: list[tuple[object, ...]] = []
@@ -159,7 +165,7 @@ def sweep_table(name: str, points: Sequence[tuple[int, Plan | None, str]]) -> Ta
         rows.append(
             (
                 f"{number:,}",
-                degrees(plan.decisions),
+                "; ".join(word for word in (degrees(plan.decisions), unproven(plan)) if word),
                 seconds(time.step_seconds),
                 between(time.step_seconds_interval),
                 percent(time.bubble_fraction),
