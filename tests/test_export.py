@@ -155,11 +155,20 @@ def test_selective_recomputation_of_megatrons_profile_is_its_own():
         ({"precision": "bf16"}, "precision"),
         ({"model": "bloom"}, "embedding_norm"),
         ({"model": "opt-1.3b"}, "activation"),
+        ({"optimizer": "sgd", "dp": 2, "zero_stage": 1}, "optimizer: 'sgd' is not valid; .* zero_stage 1 needs"),
+        ({"optimizer": "sgd", "dp": 2, "zero_stage": 3}, "optimizer: 'sgd' is not valid; .* zero_stage 3 needs"),
     ],
 )
 def test_megatron_refuses_by_name(changes, word):
     with pytest.raises(InputError, match=word):
         export(make_plan(**changes), "megatron")
+
+
+@pytest.mark.parametrize("changes", [{"dp": 2}, {"zero_stage": 1}], ids=["no-zero", "one-rank"])
+def test_megatron_keeps_no_momentum_that_the_plan_does_not_count(changes):
+    found = options(export(make_plan(optimizer="sgd", **changes), "megatron")["megatron.sh"])
+    assert found["--optimizer"] == "sgd" and found["--sgd-momentum"] == "0.0" and "--use-distributed-optimizer" not in found
+    assert "--sgd-momentum" not in options(export(make_plan(**changes), "megatron")["megatron.sh"])
 
 
 def titan(plan: Plan) -> tuple[dict[str, Any], str]:

@@ -77,6 +77,10 @@ def _zero(plan: Plan, notes: Notes) -> list[str]:
     decisions = plan.decisions
     if decisions.data_parallel == 1 or decisions.zero_stage == 0:
         return []
+    optimizer = plan.inputs.training.optimizer
+    if optimizer != "adam":
+        allowed = f"Megatron-LM's distributed optimizer, which zero_stage {decisions.zero_stage} needs, has Adam only: plan with --zero-stage 0"
+        raise refuse(TARGET, "optimizer", optimizer, allowed)
     out = ["--use-distributed-optimizer"]
     if decisions.zero_stage > 1:
         strategy = {2: "optim_grads", 3: "optim_grads_params"}[decisions.zero_stage]
@@ -138,6 +142,8 @@ def _batch(plan: Plan) -> list[str]:
         flag("--global-batch-size", plan.inputs.training.global_batch_size),
         flag("--seq-length", plan.inputs.training.sequence_length),
         flag("--optimizer", plan.inputs.training.optimizer),
+        # its default of 0.9 would keep a momentum that the plan does not count
+        *([flag("--sgd-momentum", 0.0)] if plan.inputs.training.optimizer == "sgd" else []),
     ]
 
 
