@@ -8,11 +8,12 @@ tree is never written out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from planner.defaults import Fixed
+from planner.defaults import Fixed, by_option
 from planner.errors import InputError
 from planner.plan import (
     INTERLEAVED_SCHEDULES,
@@ -191,8 +192,9 @@ def check_constraints(inputs: Inputs, constraints: Constraints) -> None:
     if fixed.sequence_parallel and fixed.tensor_parallel == 1:
         raise InputError("--sequence-parallel", True, "it needs tensor parallel above 1")
     if fixed.schedule and fixed.pipeline_parallel and fixed.num_virtual_stages:
-        check_schedule(fixed.schedule, fixed.pipeline_parallel, fixed.num_virtual_stages, max(batch // samples, 1) if fixed.data_parallel else
-                       fixed.pipeline_parallel, "--schedule")  # fmt: skip
+        p, v = fixed.pipeline_parallel, fixed.num_virtual_stages
+        number = batch // samples if fixed.data_parallel and fixed.micro_batch_size else p
+        by_option(functools.partial(check_schedule, fixed.schedule, p, v, number, "options: decisions"))
     for name, value in constraints.forbidden:
         if name not in FORBIDDABLE:
             raise InputError("forbidden", f"{name}={value}", f"one of {', '.join(FORBIDDABLE)} is expected")

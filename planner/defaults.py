@@ -83,7 +83,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
         training = replace(training, global_batch_size=dp * micro * count)
         assumptions.append(f"a global batch of {training.global_batch_size} samples: {count} micro-batches on each of {dp} data-parallel ranks")
     number = training.global_batch_size // (dp * micro)
-    _by_option(functools.partial(check_schedule, schedule, pp, virtual, number, "options: decisions"))
+    by_option(functools.partial(check_schedule, schedule, pp, virtual, number, "options: decisions"))
     zero, replicas = fixed.zero_stage or 0, fixed.data_parallel_replicate or 1
     if replicas > 1 and not zero:
         raise InputError("--data-parallel-replicate", replicas, "it needs --zero-stage 1, 2 or 3: without, every rank is a replica")
@@ -106,7 +106,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
             num_virtual_stages=virtual,
             stages=even_stages(model, schedule, pp, virtual, level),
         )
-        _by_option(functools.partial(check, inputs, found, "options"))
+        by_option(functools.partial(check, inputs, found, "options"))
         if _fits(inputs, found):
             break
     assert found is not None
@@ -117,7 +117,7 @@ def complete(model: ModelSpec, cluster: ClusterSpec, training: Training, fixed: 
     return Completed(inputs, found, tuple(assumptions))
 
 
-def _by_option(checked: Callable[[], None]) -> None:
+def by_option(checked: Callable[[], None]) -> None:
     """Runs a check; its InputError names the option that the decision is given by."""
     try:
         checked()

@@ -26,7 +26,7 @@ from planner.memory import predict_memory
 from planner.moments import least_in_flight
 from planner.network import axis_group
 from planner.pipeline import stage_seconds
-from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, even_stages, replace
+from planner.plan import SCHEDULES, Axis, Decisions, Inputs, Recompute, RunnerUp, block_levels, even_stages, replace
 from planner.repairs import shortage
 from planner.timing import TimePrediction, predict_time
 from planner.words import duration, gib
@@ -223,7 +223,25 @@ def _misfit(inputs: Inputs, candidate: Decisions, constraints: Constraints) -> R
     )
 
 
-def why(costs: Costs, outcome: Outcome) -> tuple[str, ...]:
+def _recomputation(inputs: Inputs, best: Decisions, constraints: Constraints) -> str:
+    """What decides how much is recomputed: memory or the user; memory does not where less, of what is allowed, would fit too."""
+
+    def fits_with(level: Recompute) -> bool:
+        return shortage(inputs, replace(best, stages=tuple(replace(stage, recompute=level) for stage in best.stages)))[1] <= 0
+
+    least, asked = recompute_levels(constraints)[0], constraints.fixed.recompute
+    used = {level for stage in best.stages for level in block_levels(stage, inputs.model)}
+    if used - {least}:
+        return "memory does not bind" if fits_with(least) else "memory decides how much is recomputed"
+    if asked == "none":
+        return "that nothing is recomputed was given by --recompute none"
+    if least == "none":
+        return "memory does not bind"
+    option = f"--recompute {asked}" if asked else " ".join(f"--forbid {name}={value}" for name, value in constraints.forbidden if name == "recompute")
+    return f"recomputation was given by {option}; {'memory does not bind' if fits_with('none') else 'without any the plan would not fit'}"
+
+
+def why(costs: Costs, constraints: Constraints, outcome: Outcome) -> tuple[str, ...]:
     """The placement of the axes and its price elsewhere, and what binds."""
     assert outcome.best is not None
     inputs, best = costs.inputs, outcome.best.decisions
@@ -237,9 +255,7 @@ def why(costs: Costs, outcome: Outcome) -> tuple[str, ...]:
                 parts.append(f"{axis} {_size(best, axis)} {'stays inside a node' if nodes == 1 else f'crosses {nodes} nodes'}{words}")
         lines.append("placement: " + ", ".join(parts) + _other_orders(costs, best, outcome.best.seconds))
     rank, over, _ = shortage(inputs, best)
-    levels = {str(stage.recompute) if isinstance(stage.recompute, str) else "mixed" for stage in best.stages} - {"none"}
-    binding = "memory decides how much is recomputed" if levels else "memory does not bind"
-    lines.append(f"memory: pipeline rank {rank} is fullest, with {gib(-over)} to spare; {binding}")
+    lines.append(f"memory: pipeline rank {rank} is fullest, with {gib(-over)} to spare; {_recomputation(inputs, best, constraints)}")
     breakdown = predict_time(inputs, best).breakdown
     total = sum(breakdown.values()) or 1.0
     shares = sorted(((breakdown.get(part, 0.0) / total, words) for part, words in PARTS.items()), reverse=True)

@@ -54,7 +54,7 @@ def _search(inputs: Inputs, asked: Constraints) -> Plan:
             num_pruned=outcome.num_candidates - max(outcome.num_solved, 1),
             wall_seconds=outcome.wall_seconds,
             runners_up=reasons.runners_up(costs, asked, outcome),
-            reasons=(*reasons.why(costs, outcome), *repairs.fewer_gpus(inputs, asked, outcome.best.seconds)),
+            reasons=(*reasons.why(costs, asked, outcome), *repairs.fewer_gpus(inputs, asked, outcome.best.seconds)),
         ),
     )
 

@@ -287,6 +287,28 @@ def test_a_number_of_gpus_that_divides_badly_is_told_a_smaller_one_that_is_faste
     assert not any("of these GPUs" in reason for reason in fewer.solver.reasons)
 
 
+def test_a_micro_batch_size_that_is_open_is_chosen_for_the_schedule():
+    fixed = Fixed(pipeline_parallel=4, data_parallel=4, tensor_parallel=1, schedule="Interleaved1F1B", num_virtual_stages=2)
+    found = search(inputs_of("llama-7b", "a100-80gb:16", 44), Constraints(fixed=fixed)).decisions
+    assert (found.micro_batch_size, found.num_microbatches) == (11, 1)  # 11 micro-batches of 1 don't make whole rounds
+
+
+@pytest.mark.parametrize(("fraction", "options", "said"), [
+    (1.0, {}, "memory does not bind"),
+    (0.55, {}, "memory decides how much is recomputed"),
+    (1.0, {"fixed": "full"}, "recomputation was given by --recompute full; memory does not bind"),
+    (0.55, {"fixed": "full"}, "recomputation was given by --recompute full; without any the plan would not fit"),
+    (1.0, {"fixed": "none"}, "that nothing is recomputed was given by --recompute none"),
+    (1.0, {"forbidden": "none"}, "recomputation was given by --forbid recompute=none; memory does not bind"),
+])  # fmt: skip
+def test_what_decides_how_much_is_recomputed_is_said(fraction, options, said):
+    inputs = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=fraction)
+    fixed = Fixed(tensor_parallel=1, pipeline_parallel=1, micro_batch_size=1, zero_stage=1, recompute=options.get("fixed"))
+    forbidden = (("recompute", options["forbidden"]),) if "forbidden" in options else ()
+    (line,) = [reason for reason in search(inputs, Constraints(fixed=fixed, forbidden=forbidden)).solver.reasons if reason.startswith("memory:")]
+    assert line.endswith(f"to spare; {said}")
+
+
 def test_too_little_of_the_memory_is_told_the_least_share_that_would_do():
     inputs, constraints = inputs_of("llama-7b", "a100-80gb:8", 64, memory_fraction=0.1), Constraints(fixed=Fixed(micro_batch_size=1))
     with pytest.raises(DoesNotFitError) as error:
