@@ -106,15 +106,26 @@ class ErrorMeans(Document, frozen=True, kw_only=True):
     memory_mean_abs_error: float | None
     interval_row_coverage: float | None = None
     """The share of all rows, which large groups weigh more in."""
+    num_step_time_groups: int = 0
+    """Groups that the step time's means are over: those with a counted row."""
     num_memory_groups: int = 0
     """Groups that the memory's mean is over: whether constants were fitted to a group differs between time and memory."""
 
 
 class ValidationSummary(Document, frozen=True, kw_only=True):
+    """The whole: `num_rows` and `num_groups` are all that were read; each mean is over fewer groups, which have a number of their own.
+
+    A row counts for step time where it is `complete` and has a predicted and a measured time, for memory where it has both peaks.
+    """
+
     num_rows: int
     num_groups: int
     step_time_mean_abs_error: float | None
+    num_step_time_groups: int = 0
+    """Groups that `step_time_mean_abs_error` is over."""
     memory_mean_abs_error: float | None
+    num_memory_groups: int = 0
+    """Groups that `memory_mean_abs_error` is over."""
     untouched: ErrorMeans
     calibrated: ErrorMeans
     memory_fit: MemoryFit = MemoryFit()
@@ -150,7 +161,10 @@ def load_rows(path: str | Path | None = None) -> Sequence[Any]:
 
 
 def validate(rows: Iterable[Any] | None = None) -> Validation:
-    """Predictions of `rows` (default: those that ship with the package) beside what they measured."""
+    """Predictions of `rows` (default: those that ship with the package) beside what they measured.
+
+    The summary's means are over the groups with rows that count for them, `num_step_time_groups` and `num_memory_groups` of all `num_groups`.
+    """
     facts = accuracy()
     done = tuple(_row(row, index, facts) for index, row in enumerate(published_rows() if rows is None else rows))
     names = list(dict.fromkeys(row.group for row in done))
@@ -161,7 +175,9 @@ def validate(rows: Iterable[Any] | None = None) -> Validation:
         num_rows=len(done),
         num_groups=len(groups),
         step_time_mean_abs_error=everything.step_time_mean_abs_error,
+        num_step_time_groups=everything.num_step_time_groups,
         memory_mean_abs_error=everything.memory_mean_abs_error,
+        num_memory_groups=everything.num_memory_groups,
         memory_fit=_memory_fit(done),
         untouched=_means([group for group in timed if not group.calibrated], [group for group in timed if not group.memory_calibrated]),
         calibrated=_means([group for group in timed if group.calibrated], [group for group in timed if group.memory_calibrated]),
@@ -274,6 +290,7 @@ def _means(groups: Sequence[GroupErrors], memory_groups: Sequence[GroupErrors] |
         interval_coverage=over("interval_coverage"),
         interval_row_coverage=sum((group.interval_coverage or 0.0) * group.num_timed_rows for group in groups) / timed if timed else None,
         memory_mean_abs_error=_mean(remembered),
+        num_step_time_groups=sum(group.step_time_mean_abs_error is not None for group in groups),
         num_memory_groups=len(remembered),
     )
 

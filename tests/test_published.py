@@ -115,6 +115,20 @@ def test_calibrated_groups_are_told_apart(validation):
     assert validation.summary.untouched.num_groups + validation.summary.calibrated.num_groups >= 20
 
 
+def test_the_summary_says_over_how_many_groups_its_means_are(validation):
+    summary = validation.summary
+    timed = {row.group for row in validation.rows if row.complete and row.step_time_error_fraction is not None}
+    remembered = {row.group for row in validation.rows if row.memory_error_fraction is not None}
+    assert (summary.num_step_time_groups, summary.num_memory_groups) == (len(timed), len(remembered))
+    assert 0 < len(timed) < summary.num_groups and 0 < len(remembered) < summary.num_groups
+    for kind in ("step_time", "memory"):
+        parts, whole = (summary.untouched, summary.calibrated), getattr(summary, f"num_{kind}_groups")
+        assert sum(getattr(part, f"num_{kind}_groups") for part in parts) == whole
+        total = sum(getattr(part, f"num_{kind}_groups") * (getattr(part, f"{kind}_mean_abs_error") or 0.0) for part in parts)
+        assert getattr(summary, f"{kind}_mean_abs_error") == pytest.approx(total / whole)
+    assert f"step time over {len(timed)} and those of memory over {len(remembered)}." in str(validation_view(validation)[-1])
+
+
 def test_the_document_survives_json(validation):
     text = documents.dumps(validation)
     again = documents.convert(json.loads(text), Validation, "validation", "meshwright.validation/1")

@@ -299,8 +299,9 @@ def test_validation_page():
         interval_coverage=0.5, memory_mean_abs_error=None, rank_correlation=None,
     )  # fmt: skip
     means = ErrorMeans(
-        num_groups=2, num_rows=3, step_time_mean_abs_error=0.153, step_time_mean_error=0.0, interval_coverage=None, memory_mean_abs_error=None
-    )
+        num_groups=2, num_rows=3, step_time_mean_abs_error=0.153, step_time_mean_error=0.0, interval_coverage=None, memory_mean_abs_error=None,
+        num_step_time_groups=1,
+    )  # fmt: skip
     summary = ValidationSummary(
         num_rows=4, num_groups=2, step_time_mean_abs_error=0.153, memory_mean_abs_error=None, untouched=means, calibrated=means
     )
@@ -313,7 +314,7 @@ def test_validation_page():
     identity = step["data"][0]
     assert identity["x"] == identity["y"]
     assert [(trace["x"], trace["y"]) for trace in memory["data"] if trace["mode"] == "markers"] == [([2.0], [1.0])]
-    for words in ("+10.0%", "-20.0%", "-21.0%", "15.3%", "no GPU is named", EVIL):
+    for words in ("+10.0%", "-20.0%", "-21.0%", "15.3%", "mean absolute error, 1 groups", "no GPU is named", EVIL):
         assert words in page.words
     assert page.tags().count("img") == 0
 

@@ -148,7 +148,7 @@ def validation_report(document: Validation) -> str:
                 (f"{name}, {kind}", percent(value), f"mean absolute error, {count} groups")
                 for kind, means in (("nothing fitted", summary.untouched), ("one constant fitted", summary.calibrated))
                 for name, value, count in (
-                    ("Step time", means.step_time_mean_abs_error, means.num_groups),
+                    ("Step time", means.step_time_mean_abs_error, means.num_step_time_groups),
                     ("Memory", means.memory_mean_abs_error, means.num_memory_groups),
                 )
                 if value is not None

@@ -220,7 +220,8 @@ def validation_view(document: Validation) -> list[RenderableType | str]:
     silent = sum(1 for row in document.rows if row.why_not)
     parts.append(
         f"{document.summary.num_rows:,} rows in {document.summary.num_groups} groups; {silent:,} have no prediction, each with its reason in --json. "
-        "Means are over groups of the means within a group."
+        f"Means are over groups of the means within a group, those of step time over {document.summary.num_step_time_groups} "
+        f"and those of memory over {document.summary.num_memory_groups}."
     )
     if document.rows and len(document.rows) <= 40:
         single = [
