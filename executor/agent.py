@@ -28,6 +28,8 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     which a line on stderr has the reason; 1 where a signal ended it."""
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    for name in [name for name in os.environ if name.startswith("PET_")]:  # torchrun's own options, of another job around this one
+        del os.environ[name]
     os.environ |= {SPEAKS: "1"} | child_environment()
     with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:  # for what the ranks record of their end
         return _start(["--standalone", "--nproc-per-node", str(num_ranks), "--log-dir", folder, "-m", "executor", *arguments])

@@ -44,6 +44,8 @@ class Segment:
     """Indices of the module's inputs, flattened."""
     state: dict[str, str]
     """Parameters, buffers and constants by attribute; each by its name in the module."""
+    changed: frozenset[str]
+    """Attributes of the buffers that the module's forward pass changes."""
     modules: dict[str, Any]
     """Graphs that operations of this one run, by attribute."""
     recomputed: bool
@@ -77,7 +79,7 @@ def cut_module(
         parts = []
         for layers in _runs(stage, again):
             after = found.crossing(layers.stop) if layers.stop < model.num_layers else None
-            parts.append(found.segment(layers, value, after, recompute=layers.start in again))
+            parts.append(found.segment(layers, value, after, number, recompute=layers.start in again))
             value = after
         segments.append(tuple(parts))
         if number + 1 < len(stages):
@@ -234,6 +236,26 @@ class _Layers:
                 found |= {source} if source in self.layer else self.reads[source]
             self.reads[node] = frozenset(found)
         self.result = self._result()
+        buffers = {storage_of(self.values[node]) for node in self.state}
+        writes = {node: buffers & self._written(node) for node in self.graph.nodes if node.op == "call_function"}
+        self.changed = frozenset[int]().union(*writes.values())
+        """Storages of the buffers that a forward pass changes."""
+        self.updates = [node for node, keys in writes.items() if keys and node not in self.layer]
+        """Operations that no parameter has a part in and that change a buffer, such as a counter."""
+        self.updated: dict[fx.Node, int] = {}
+        """The last stage with a segment that does each of them."""
+
+    def _written(self, node: fx.Node) -> set[int]:
+        """Storages that an operation writes to in place: those that its schema names, and running statistics, which it doesn't."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return set()
+        names = [item.name for item in schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        wrote = [given.get(item.name) for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write]
+        if given.get("training") is True or given.get("use_input_stats") is True:
+            wrote += [given.get("running_mean"), given.get("running_var")]
+        return {key for value in wrote if isinstance(value, fx.Node) for key in self._storages(value)}
 
     def _storages(self, node: fx.Node) -> list[int]:
         return [storage_of(value) for value in tree_leaves(self.values.get(node)) if isinstance(value, torch.Tensor)]
@@ -288,11 +310,17 @@ class _Layers:
             self._refuse(f"the plan is of another module: before layer {layer} it sends {planned_bytes:,.0f} bytes, this one {tensor.nbytes:,}")
         return Message(tuple(tensor.shape), tensor.dtype)
 
-    def segment(self, layers: range, before: fx.Node | None, after: fx.Node | None, *, recompute: bool) -> Segment:
-        """The operations of `layers`, from the value `before` them to the one `after` them, or to the module's result."""
+    def segment(self, layers: range, before: fx.Node | None, after: fx.Node | None, stage: int, *, recompute: bool) -> Segment:
+        """The operations of `layers`, from the value `before` them to the one `after` them, or to the module's result. To be called in order."""
         wanted = [after] if after is not None else self.result
         emitted = {node for node, layer in self.layer.items() if layer in layers}
         waiting = [*emitted, *wanted, *self._made_for(emitted)]
+        for node in self.updates:  # those that nothing needs: where what they read is, or at the end
+            if max((self.layer[source] for source in self.reads[node]), default=len(self.chain.members) - 1) in layers and node not in self.updated:
+                if any(self.layer[source] not in layers and source is not before for source in self.reads[node]):
+                    self._refuse(f"its operation {node.name} updates a buffer by values of several segments of the plan: cut or recompute fewer layers")
+                waiting.append(node)
+                emitted.add(node)
         while waiting:
             node = waiting.pop()
             if node not in emitted and node not in self.layer and node.op == "call_function":
@@ -302,6 +330,7 @@ class _Layers:
                 if source not in emitted and source not in self.layer and source.op == "call_function"
             ]  # fmt: skip
         self._check_repeatable(emitted, layers)
+        self._count_updates(emitted, stage)
         graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
         if before is not None:
             env[before] = graph.placeholder("carried")
@@ -322,7 +351,8 @@ class _Layers:
                 env[node] = graph.node_copy(node, env.__getitem__)
                 env[node].meta = {}
         graph.output(env[after] if after is not None else tuple(env[node] for node in self.result))
-        return Segment(graph, tuple(used), state, modules, recompute)
+        changed = frozenset(node.name for node in self.state if node.name in state and storage_of(self.values[node]) in self.changed)
+        return Segment(graph, tuple(used), state, changed, modules, recompute)
 
     def _made_for(self, emitted: set[fx.Node]) -> list[fx.Node]:
         """Operations without parameters that write what `emitted` read, in place where no argument shows it."""
@@ -342,6 +372,18 @@ class _Layers:
             tags = getattr(node.target, "tags", ())
             if self.owners.get(node) and node not in self.layer and torch.Tag.nondeterministic_seeded in tags and not whole:
                 self._refuse(f"its operation {node.name} is random and depends on no parameter: stages can't agree on its value")
+
+    def _count_updates(self, emitted: set[fx.Node], stage: int) -> None:
+        """Raises InputError where a stage would update a buffer twice for a micro-batch. Each stage has buffers of its own."""
+        for node in self.updates:
+            if node in emitted:
+                if self.updated.get(node) == stage:
+                    name = next(name for other, name in self.state.items() if storage_of(self.values[other]) in self._storages(node))
+                    self._refuse(
+                        f"its buffer {name} is updated by operations that no parameter has a part in, which each segment of a stage would do again: "
+                        "plan it with --recompute none"
+                    )
+                self.updated[node] = stage
 
     def _written_by(self, value: fx.Node, layers: range) -> bool:
         """Whether `layers` change a value in place."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,25 +102,33 @@ class RunningSegment:
                 setattr(root, node.target, segment.modules[node.target])
         on_device(segment.graph, device)
         self.module = fx.GraphModule(root, segment.graph)
-        self.buffers = list(self.module.buffers())
+        self.changed = {name: self.module.get_buffer(name) for name in segment.changed}
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self.recomputed:
+        if self.recomputed:
+            return checkpoint(self.module, *arguments, use_reentrant=False, context_fn=self._contexts)
+        with self._on_copies(self.changed, keep=True):
             return self.module(*arguments)
-        return checkpoint(self.module, *arguments, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._as_before()
+        """The second forward pass finds the buffers as the first did, and leaves them alone."""
+        before = {name: buffer.clone() for name, buffer in self.changed.items()}
+        return self._on_copies(before, keep=True), self._on_copies(before, keep=False)
 
     @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        """Undoes what the second forward pass does to buffers (BatchNorm's running statistics)."""
-        before = [buffer.clone() for buffer in self.buffers]
+    def _on_copies(self, values: dict[str, torch.Tensor], *, keep: bool) -> Iterator[None]:
+        """A forward pass that changes buffers works on copies, which a backward pass may need after other micro-batches have changed the buffers.
+        With `keep` the buffers get what it has made of the copies."""
+        copies = {name: value.clone() for name, value in values.items()}
+        for name, copy in copies.items():
+            setattr(self.module, name, copy)
         try:
             yield
         finally:
-            for buffer, value in zip(self.buffers, before, strict=True):
-                buffer.data.copy_(value)  # without autograd's notice: no gradient depends on it
+            for name, copy in copies.items():
+                setattr(self.module, name, self.changed[name])
+                if keep:
+                    self.changed[name].copy_(copy.detach())
 
 
 class ModuleCompute:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from planner.documents import Document, load
 from planner.errors import InputError
 from planner.plan import Memory
 from planner.timeline import SCHEMA as TIMELINE_SCHEMA
-from planner.timeline import Event, Timeline
+from planner.timeline import Event, Timeline, busy_seconds
 from planner.values import POSITIVE, SIGNED
 
 SCHEMA = "meshwright.run/1"
@@ -115,14 +116,23 @@ def load_dry_run(path: str | os.PathLike[str], field: str = "--dry-run") -> DryR
 def actions_path(output: str | os.PathLike[str]) -> Path:
     """Where the timeline of the run document `output` goes."""
     path = Path(output)
-    return path.with_name(f"{path.stem}.actions.json")
+    return path.with_name(f"{path.name.removesuffix('.json')}.actions.json")
 
 
 def load_actions(run_path: str | os.PathLike[str], run: Run) -> Timeline | None:
-    """The measured timeline of a run, or None when it has none. Events are of the last step; ranks are global."""
+    """The measured timeline of a run, or None when it has none. Events are of the last step; ranks are global.
+
+    Raises InputError where the file is another run's, which wrote it in its place: ranks are not as busy in it as the run says.
+    """
     files = {rank.actions_file for rank in run.ranks if rank.actions_file}
     events: list[Event] = []
     source = "rehearsed" if run.rehearsed else "measured"
     for name in sorted(files):
         events.extend(load(Path(run_path).parent / Path(name).name, Timeline, TIMELINE_SCHEMA, "actions_file").events)
-    return Timeline(source=source, events=tuple(events)) if events else None
+    if not events:
+        return None
+    timeline = Timeline(source=source, events=tuple(events))
+    busy = busy_seconds(timeline)
+    if any(not math.isclose(busy.get(rank.rank, 0.0), rank.busy_seconds, rel_tol=1e-6, abs_tol=1e-9) for rank in run.ranks):
+        raise InputError(f"{run_path}: actions_file", ", ".join(sorted(files)), "this run's own timeline is expected: in this file the ranks are not as busy")
+    return timeline

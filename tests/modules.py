@@ -116,6 +116,32 @@ class Several(nn.Module):
         return crossing, {"last": last, "none": None}, last
 
 
+class Remembering(nn.Module):
+    """Buffers that it reads before it changes them, changes before it reads them, and only counts with."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("center", torch.zeros(16))
+        self.register_buffer("level", torch.ones(16))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("positive", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        x = self.first(x)
+        y = torch.tanh(x - self.center)
+        self.center.mul_(0.5).add_(0.5 * x.detach().mean(0))
+        y = self.second(y)
+        self.positive.add_((y.detach() > 0).sum())
+        self.level.mul_(0.5).add_(y.detach().abs().mean(0))
+        return self.last(torch.tanh(self.third(torch.tanh(y * self.level)))).square().mean()
+
+
+def remembering():
+    return Remembering(), (torch.randn(1, 16),)
+
+
 class Autocast(nn.Module):
     """Chooses the type of its second layer itself."""
 

@@ -51,6 +51,14 @@ def refused(folder: Path, *options: str, **environment: str) -> str:
     return lines[0]
 
 
+def test_a_run_that_nobody_listens_to_inside_of_another_job_of_torchrun(tmp_path: Path, plan: Plan) -> None:
+    script = "from planner.cli import entry; entry()"
+    words = [sys.executable, "-c", script, "run", str(tmp_path / "plan.json"), "--steps", "1", "-o", str(tmp_path / "run.json"), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PET_NNODES": "2", "PET_RDZV_CONF": "x"}
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *words], timeout=120, check=False, env=environment)
+    assert done.returncode == 0 and (tmp_path / "run.json").exists()
+
+
 def test_what_every_rank_refuses_is_said_once(tmp_path: Path, plan: Plan) -> None:
     data = tmp_path / "short.txt"
     data.write_text("too short")

@@ -11,7 +11,7 @@ from planner.compare import Comparison, Row, blame, causes, compare, error_fract
 from planner.documents import convert, dumps
 from planner.errors import InputError, ToleranceError
 from planner.plan import Plan, replace
-from planner.run import Run
+from planner.run import Run, actions_path, load_actions
 from planner.timeline import bubble_fractions
 from planner.timing import predict_timeline
 
@@ -51,6 +51,18 @@ def test_error_is_relative_to_the_measurement_and_positive_when_predicted_too_hi
     plan = plan_3d()
     run, _ = make_run(plan, memory=0.5)
     assert only(compare(plan, run), "total_bytes", 3).error_fraction == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_timeline_of_another_run_is_refused(tmp_path):
+    run, actions = make_run(plan_3d())
+    run = replace(run, ranks=tuple(replace(rank, actions_file="run.actions.json") for rank in run.ranks))
+    (tmp_path / "run.actions.json").write_text(dumps(actions))
+    assert load_actions(tmp_path / "run.json", run) == actions
+    (tmp_path / "run.actions.json").write_text(dumps(make_run(plan_3d(), forward=1.5)[1]))
+    with pytest.raises(InputError, match="this run's own timeline is expected"):
+        load_actions(tmp_path / "run.json", run)
+    names = {actions_path(f"folder/{name}").name for name in ("run.json", "run.1", "run.2", "run.1.json")}
+    assert names == {"run.actions.json", "run.1.actions.json", "run.2.actions.json"}
 
 
 def test_document_round_trips():

@@ -23,6 +23,7 @@ from tests.modules import module_plan
 
 ROOT = Path(__file__).parent.parent
 RESIDUAL, AWKWARD, SEVERAL, FROZEN = (f"tests.modules:{name}" for name in ("residual", "Awkward", "Several", "frozen_norms"))
+REMEMBERING = "tests.modules:remembering"
 MULTIMODAL, ALTERNATING = "examples.multimodal:small", "examples.alternating:small"
 ON_TWO = [
     dict(reference=RESIDUAL, pp=2, micro=4, m=3, cuts=(2,), again=(1, 3, 4)),
@@ -35,6 +36,8 @@ ON_TWO = [
     dict(reference=ALTERNATING, pp=2, length=16, micro=1, m=4, schedule="Naive"),
     dict(reference=SEVERAL, pp=2, cuts=(1,)),
     dict(reference=FROZEN, pp=2, again=(1,)),
+    dict(reference=REMEMBERING, pp=2, m=3, cuts=(3,)),
+    dict(reference=REMEMBERING, pp=2, m=3, cuts=(2,), again=(0, 1, 2, 3)),
 ]
 ON_FOUR = [
     dict(reference=RESIDUAL, dp=2, pp=2, micro=4, zero=1, order=("tp", "pp", "dp")),
@@ -66,10 +69,11 @@ def test_losses_are_those_of_the_plain_module_and_memory_is_as_predicted(cases, 
         assert len(set(losses)) == len(losses)
         if plan.decisions.data_parallel == 1:  # a batch norm's statistics are of its rank's micro-batches
             sums = {name: value.double().sum().item() for name, value in module.named_buffers()}
+            assert plan.inputs.model.name != REMEMBERING or sums.keys() == {name for rank in found["ranks"] for name in rank["fixed"]}
             for rank in found["ranks"]:
                 shared = sums.keys() & rank["fixed"].keys()
                 assert {key: rank["fixed"][key] for key in shared} == pytest.approx({key: sums[key] for key in shared}, rel=1e-4), name
-        if plan.inputs.model.name not in (AWKWARD, SEVERAL, FROZEN):
+        if plan.inputs.model.name not in (AWKWARD, SEVERAL, FROZEN, REMEMBERING):
             for rank in found["ranks"]:
                 predicted = plan.predictions.pipeline_ranks[rank["place"]["pp"]].memory
                 assert predicted.weights_bytes >= rank["memory"]["weights_bytes"] >= 0.9 * predicted.weights_bytes

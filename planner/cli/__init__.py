@@ -69,6 +69,10 @@ def plan() -> None:
 def entry() -> None:
     """What the console script calls: turns every error that a user can cause into one line and an exit status."""
     atexit.register(gc.freeze)  # a process that ends need not look for cycles in all that it still holds
+    if sys.stderr is None:  # nobody listens: neither to this process, nor to those that it starts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.set_inheritable(2, True)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     try:
         if sys.stdout is None:  # a file that is opened would take its number, and get what is printed
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
