@@ -318,7 +318,7 @@ class _Layers:
         for node in self.updates:  # those that nothing needs: where what they read is, or at the end
             if max((self.layer[source] for source in self.reads[node]), default=len(self.chain.members) - 1) in layers and node not in self.updated:
                 if any(self.layer[source] not in layers and source is not before for source in self.reads[node]):
-                    self._refuse(f"its operation {node.name} updates a buffer by values of several segments of the plan: cut or recompute fewer layers")
+                    self._refuse(f"its operation {node.name} updates a buffer by values of several segments: cut or recompute fewer layers")
                 waiting.append(node)
                 emitted.add(node)
         while waiting:

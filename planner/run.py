@@ -134,5 +134,6 @@ def load_actions(run_path: str | os.PathLike[str], run: Run) -> Timeline | None:
     timeline = Timeline(source=source, events=tuple(events))
     busy = busy_seconds(timeline)
     if any(not math.isclose(busy.get(rank.rank, 0.0), rank.busy_seconds, rel_tol=1e-6, abs_tol=1e-9) for rank in run.ranks):
-        raise InputError(f"{run_path}: actions_file", ", ".join(sorted(files)), "this run's own timeline is expected: in this file the ranks are not as busy")
+        allowed = "this run's own timeline is expected: in this file the ranks are not as busy"
+        raise InputError(f"{run_path}: actions_file", ", ".join(sorted(files)), allowed)
     return timeline
