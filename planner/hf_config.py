@@ -71,6 +71,13 @@ HF_ARCHITECTURES: dict[str, dict[str, Any]] = {
         "family": "falcon", "tied_embeddings": True, "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "rotary_factor": 1.0,
     },
 }  # fmt: skip
+# Keys by `model_type` that only do with one value: another one would be another computation.
+HF_ONLY: dict[str, dict[str, bool]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "opt": {"do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
+    "bloom": {"apply_residual_connection_post_layernorm": False},
+    "phi": {"qk_layernorm": False},
+}
 
 
 def _activation(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -118,6 +125,15 @@ def _gemma2_attention(config: dict[str, Any], values: dict[str, Any], path: Path
     return found | ({"full_attention_every": every} if every else {})
 
 
+def _check_no_windows(config: dict[str, Any], num_layers: int, path: Path) -> None:
+    """Raises InputError for a Qwen config with layers that attend to a window: all from `max_window_layers` on, unless `layer_types` says which."""
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return
+    kinds, first = config.get("layer_types"), config.get("max_window_layers", 28)
+    if "sliding_attention" in kinds if isinstance(kinds, list) else not isinstance(first, int) or first < num_layers:
+        raise InputError(f"{path}: use_sliding_window", config["use_sliding_window"], "only Qwen models without windows are supported")
+
+
 def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Base, part and scaling of rotary positions; older configs have the first two at their top, newer ones all in `rope_parameters`. Raises
     InputError."""
@@ -132,7 +148,10 @@ def _rotary_fields(config: dict[str, Any], values: dict[str, Any], path: Path) -
     if not isinstance(kind, str):
         raise InputError(f"{path}: {key}.rope_type", kind, "a name is expected")
     if kind != "default":
-        found["rope_scaling"] = {"rope_type": kind} | {name: rope[name] for name in ROPE_SCALINGS.get(kind, ()) if name in rope}
+        if kind == "linear" and rope.get("factor") is None:
+            raise InputError(f"{path}: {key}.factor", None, "a number above 0 is expected with linear")
+        numbers = ROPE_SCALINGS.get(kind, ("factor",))
+        found["rope_scaling"] = {"rope_type": kind} | {name: rope[name] for name in numbers if rope.get(name) is not None}
     factor = rope.get("partial_rotary_factor", values.get("rotary_factor", 1.0))
     if not isinstance(factor, int | float) or not 0 < factor <= 1:
         raise InputError(f"{path}: partial_rotary_factor", factor, "a number above 0 and at most 1 is expected")
@@ -198,8 +217,11 @@ def config_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
             values["parallel_block"] = False
         if config.get("attention_bias") is False:
             values |= {"qkv_bias": False, "attention_output_bias": False}
-    if kind == "phi" and config.get("qk_layernorm"):
-        raise InputError(f"{path}: qk_layernorm", True, "only Phi models without it are supported")
+    for key, only in HF_ONLY.get(kind, {}).items():
+        if config.get(key) not in (None, only):
+            raise InputError(f"{path}: {key}", config[key], f"only {kind} models where it is {str(only).lower()} are supported")
+    if kind in ("qwen2", "qwen3"):
+        _check_no_windows(config, values["num_layers"], path)
     if kind == "mistral" and config.get("sliding_window") is not None:
         values["sliding_window"] = config["sliding_window"]
     if kind == "gemma2":
@@ -208,11 +230,8 @@ def config_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
         values |= _activation(config, path)
     rotary = _rotary_fields(config, values, path)
     values = {name: value for name, value in values.items() if name not in ("rotary_factor", "rotary_dim")} | rotary
-    if kind == "opt":
-        if config.get("word_embed_proj_dim") not in (None, values["hidden_size"]):
-            raise InputError(f"{path}: word_embed_proj_dim", config["word_embed_proj_dim"], "only the hidden size is supported")
-        if config.get("do_layer_norm_before") is False:
-            raise InputError(f"{path}: do_layer_norm_before", False, "only pre-norm OPT models are supported")
+    if kind == "opt" and config.get("word_embed_proj_dim") not in (None, values["hidden_size"]):
+        raise InputError(f"{path}: word_embed_proj_dim", config["word_embed_proj_dim"], "only the hidden size is supported")
     if values["position_embedding"] == "learned":
         # OPT keeps two rows before position 0 (transformers, OPTLearnedPositionalEmbedding).
         values["num_position_embeddings"] = values["max_sequence_length"] + (2 if kind == "opt" else 0)

@@ -36,7 +36,7 @@ class RopeScaling(Document, frozen=True, kw_only=True):
     RULES = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), POSITIVE)
 
     rope_type: str
-    """linear: all angles divided by `factor`; llama3: those of slow elements (Llama 3.1). Of others only the name is kept."""
+    """linear: all angles divided by `factor`; llama3: those of slow elements (Llama 3.1). Of others only the name and the factor are kept."""
     factor: float = 1.0
     low_freq_factor: float | msgspec.UnsetType = msgspec.UNSET
     """llama3: elements that turn fewer times than this in the original length are divided by the whole factor."""

@@ -181,6 +181,13 @@ def titan(plan: Plan) -> tuple[dict[str, Any], str]:
     return values, text
 
 
+def test_a_window_is_exported_where_it_shuts_nothing_out():
+    for target in ("megatron", "torchtitan", "nanotron"):
+        assert export(make_plan("mistral-7b-v0.1", sequence_length=4096), target)
+        with pytest.raises(InputError, match=r"model\.sliding_window: 4096"):
+            export(make_plan("mistral-7b-v0.1", sequence_length=4097), target)
+
+
 def test_torchtitan_has_every_decision():
     plan = make_plan(
         llama(num_layers=6), tp=2, pp=2, dp=4, micro=2, m=8, schedule="Interleaved1F1B", virtual=2, zero_stage=3, sequence_parallel=True,

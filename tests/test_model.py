@@ -159,6 +159,29 @@ def test_a_wrong_config_is_refused_by_the_name_of_its_key(change: dict, named: s
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("phi", {"qk_layernorm": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"], "max_window_layers": 2}),
+    ],
+)
+def test_a_config_of_another_computation_is_refused(kind: str, change: dict, tmp_path: Path) -> None:
+    path, sizes = tmp_path / "config.json", {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    usual = {key: not value if isinstance(value, bool) else value for key, value in change.items()} | {"layer_types": None, "max_window_layers": 2}
+    path.write_text(json.dumps(sizes | {"model_type": kind} | usual))
+    assert read_hf_config(path).num_layers == 2
+    path.write_text(json.dumps(sizes | {"model_type": kind} | usual | change))
+    with pytest.raises(InputError, match=f"json: {next(iter(change))}"):
+        read_hf_config(path)
+
+
 def test_an_unknown_model_is_refused_with_a_hint() -> None:
     with pytest.raises(InputError, match="did you mean"):
         load_model("llama-2-70bb")
@@ -172,7 +195,7 @@ def test_scaling_of_rotary_positions_is_read_from_either_key_and_planned_whateve
         assert read_hf_config(path).rope_scaling == load_model("llama-3.1-8b").rope_scaling
     for kind in ("yarn", "dynamic", "longrope"):
         path.write_text(json.dumps(config | {"rope_scaling": {"type": kind, "factor": 4.0, "short_factor": [1.0]}}))
-        assert read_hf_config(path).rope_scaling == RopeScaling(rope_type=kind)
+        assert read_hf_config(path).rope_scaling == RopeScaling(rope_type=kind, factor=4.0)
     for scaling in (None, {"rope_type": "default", "rope_theta": 500000.0}):
         path.write_text(json.dumps(config | {"rope_scaling": scaling}))
         assert "rope_scaling" not in builtins(read_hf_config(path))
@@ -184,6 +207,7 @@ def test_scaling_of_rotary_positions_is_read_from_either_key_and_planned_whateve
         ("linear", "rope_scaling"),
         ({"rope_type": ["linear"]}, "rope_type"),
         ({"rope_type": "linear", "factor": 0}, "factor"),
+        ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "original_max_position_embeddings: None"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 8192},

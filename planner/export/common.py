@@ -134,8 +134,13 @@ def stage_modules(plan: Plan, embedding: str, block: str, head: Sequence[str]) -
     return out
 
 
-LATER = ("attention_scale", "attention_softcap", "head_softcap", "sliding_window")
-"""Fields of a model that no target here has an option for."""
+def without_option(plan: Plan) -> list[tuple[str, object]]:
+    """Fields of a model that no target here has an option for, with what is given of them; no window that shuts nothing out at the plan's length."""
+    model, length = plan.inputs.model, plan.inputs.training.sequence_length
+    found: list[tuple[str, object]] = [(name, getattr(model, name)) for name in ("attention_scale", "attention_softcap", "head_softcap")]
+    if any(model.window_of(block, length) is not None for block in range(model.num_layers)):
+        found.append(("sliding_window", model.sliding_window))
+    return [(name, value) for name, value in found if value]
 
 
 def require_llama(plan: Plan, target: str) -> None:
@@ -158,7 +163,7 @@ def require_llama(plan: Plan, target: str) -> None:
         ("rotary_size", model.rotary_size, model.head_dim),
         ("rotary_neighbours", model.rotary_neighbours is True, False),
         ("embedding_scaled", model.embedding_scaled is True, False),
-        *((name, getattr(model, name) or None, None) for name in LATER),
+        *((name, value, None) for name, value in without_option(plan)),
         ("head_dim", model.head_dim, model.hidden_size // model.num_attention_heads),
     )
     for name, value, allowed in wanted:

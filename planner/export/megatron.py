@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec import UNSET
 
-from planner.export.common import LATER, Notes, effective_order, flag, header, recompute_words, refuse, script, stage_levels, torchrun
+from planner.export.common import Notes, effective_order, flag, header, recompute_words, refuse, script, stage_levels, torchrun, without_option
 from planner.model import ModelSpec
 from planner.plan import Plan, has_embedding, has_head, stage_blocks
 
@@ -152,9 +152,9 @@ def _model(plan: Plan, notes: Notes) -> list[str]:
     for name in ("parallel_block", "embedding_norm", "head_bias"):
         if getattr(model, name):
             raise refuse(TARGET, f"model.{name}", True, "Megatron-LM's GPT has no option for it")
-    for name in ("embedding_scaled", *LATER):
-        if getattr(model, name):
-            raise refuse(TARGET, f"model.{name}", getattr(model, name), "this export has no option for it")
+    for name, value in (("embedding_scaled", model.embedding_scaled), *without_option(plan)):
+        if value:
+            raise refuse(TARGET, f"model.{name}", value, "this export has no option for it")
     if model.position_embedding == "alibi":
         raise refuse(TARGET, "model.position_embedding", "alibi", "Megatron-LM has learned and rotary positions")
     if model.num_norms_per_layer != 2:
