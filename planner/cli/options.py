@@ -168,7 +168,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _SOLVER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--time-limit", type=NUMBER, default=DEFAULT_TIME_LIMIT, show_default=True, help="Seconds; then the best plan found, with its gap."),
-    click.option("--gap", type=GAP, default=DEFAULT_GAP, show_default=True, help="Enough after 8 CPU-seconds; 0: prove it."),
+    click.option("--gap", type=GAP, default=DEFAULT_GAP, show_default=True, help="Enough after 7 CPU-seconds; 0: prove it."),
     click.option("--forbid", multiple=True, metavar="DECISION=VALUE", help="A value that a decision must not take: schedule=GPipe. Repeatable."),
     click.option("--rank-order", metavar="AXES", help="Mesh axes from the fastest varying: tp-dp-pp."),
     click.option("--free-cuts", is_flag=True, help="Cut anywhere with several stages a rank, too; a proof then takes minutes."),

@@ -11,7 +11,7 @@ import click
 from planner import documents
 from planner.chain_plan import ChainPlan, load_any_plan
 from planner.cli.options import NUMBER, json_option
-from planner.cli.planning import print_json
+from planner.cli.output import print_json
 from planner.errors import InputError, ToleranceError
 from planner.places import check_output
 from planner.plan import load_plan

@@ -102,7 +102,7 @@ def dry_run(plan_file: str, rank: int | None, device: str | None, output: str | 
 
 
 def _show_dry_run(plan_file: str, path: str, as_json: bool) -> int:
-    from planner.cli.planning import print_json
+    from planner.cli.output import print_json
     from planner.run import load_dry_run
     from planner.tables import results, text
 
@@ -204,7 +204,7 @@ def paradigms(
 ) -> int:
     """Naive model parallel, data, pipeline, FSDP/ZeRO-3, tensor, 2D and 3D parallel side by side."""
     from planner.cli.options import checked_length
-    from planner.cli.planning import print_json
+    from planner.cli.output import print_json
     from planner.cluster import load_cluster
     from planner.model import load_model
     from planner.paradigms import paradigms, require_one
