@@ -93,6 +93,7 @@ WRONG = [
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--rank-order", "tp-tp-pp"], "--rank-order"),
     (["solve", "--model", "gpt2", "--cluster", "a100:8", "--global-batch-size", "8", "--within-days", "1"], "--num-tokens"),
     (["estimate", "--model", "gpt2", "--cluster", "a100-80gb:8", "--tp", "2", "--program", "megatrn"], "--program"),
+    (["estimate", "--model", "gpt2", "--gpus", "8", "--global-batch-size", "8", "--explain"], "--explain"),
     (["estimate", "--model", "gpt2", "--gpus", "8,many", "--global-batch-size", "8"], "--gpus"),
     (["export", "/no/such/plan.json", "--to", "megatron"], "PLAN"),
     (["validate", "--rows", "/no/such/rows.json"], "--rows"),

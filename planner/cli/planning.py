@@ -125,6 +125,8 @@ def estimate(
     if gpus is not None:
         from planner.cli.sweeps import sweep
 
+        if explain:
+            raise InputError("--explain", True, "it is about one plan, and can't be given together with --gpus")
         return sweep(
             request, gpus, DEFAULT_TIME_LIMIT if time_limit is None else time_limit, DEFAULT_GAP if gap is None else gap, output, as_json
         )
