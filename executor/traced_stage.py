@@ -102,7 +102,7 @@ class RunningSegment:
                 setattr(root, node.target, segment.modules[node.target])
         on_device(segment.graph, device)
         self.module = fx.GraphModule(root, segment.graph)
-        self.changed = {name: self.module.get_buffer(name) for name in segment.changed}
+        self.changed = {name: self.module.get_buffer(name) for name in segment.changed if segment.state[name] in fixed}
 
     def __call__(self, *arguments: Any) -> Any:
         if self.recomputed:
