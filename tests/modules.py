@@ -142,6 +142,36 @@ def remembering():
     return Remembering(), (torch.randn(1, 16),)
 
 
+class Counting(nn.Module):
+    """A counter that two layers read, and a buffer that takes what both of them give."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        x = self.first(x) * (1 + 1 / self.steps)
+        return self.last(self.second(x) * (1 + 1 / self.steps)).square().mean()
+
+
+class Adding(Counting):
+    def forward(self, x):
+        y = self.first(x)
+        z = self.second(torch.tanh(y))
+        self.steps.add_((y.detach() > 0).sum() + (z.detach() > 0).sum())
+        return self.last(torch.tanh(z)).square().mean()
+
+
+def counting():
+    return Counting(), (torch.randn(1, 16),)
+
+
+def adding():
+    return Adding(), (torch.randn(1, 16),)
+
+
 class Autocast(nn.Module):
     """Chooses the type of its second layer itself."""
 

@@ -16,6 +16,7 @@ from executor.checkpoint import read_whole
 from executor.processes import run_ranks
 from executor.start import main as start
 from planner.documents import dumps, write_text
+from planner.errors import InputError
 from planner.plan import replace
 from planner.run import load_run
 from tests import module_ranks
@@ -23,7 +24,7 @@ from tests.modules import module_plan
 
 ROOT = Path(__file__).parent.parent
 RESIDUAL, AWKWARD, SEVERAL, FROZEN = (f"tests.modules:{name}" for name in ("residual", "Awkward", "Several", "frozen_norms"))
-REMEMBERING = "tests.modules:remembering"
+REMEMBERING, COUNTING = "tests.modules:remembering", "tests.modules:counting"
 MULTIMODAL, ALTERNATING = "examples.multimodal:small", "examples.alternating:small"
 ON_TWO = [
     dict(reference=RESIDUAL, pp=2, micro=4, m=3, cuts=(2,), again=(1, 3, 4)),
@@ -36,6 +37,7 @@ ON_TWO = [
     dict(reference=ALTERNATING, pp=2, length=16, micro=1, m=4, schedule="Naive"),
     dict(reference=SEVERAL, pp=2, cuts=(1,)),
     dict(reference=FROZEN, pp=2, again=(1,)),
+    dict(reference=COUNTING, pp=2, m=3, cuts=(1,)),
     dict(reference=REMEMBERING, pp=2, m=3, cuts=(3,)),
     dict(reference=REMEMBERING, pp=2, m=3, cuts=(2,), again=(0, 1, 2, 3)),
 ]
@@ -73,7 +75,7 @@ def test_losses_are_those_of_the_plain_module_and_memory_is_as_predicted(cases, 
             for rank in found["ranks"]:
                 shared = sums.keys() & rank["fixed"].keys()
                 assert {key: rank["fixed"][key] for key in shared} == pytest.approx({key: sums[key] for key in shared}, rel=1e-4), name
-        if plan.inputs.model.name not in (AWKWARD, SEVERAL, FROZEN, REMEMBERING):
+        if plan.inputs.model.name not in (AWKWARD, SEVERAL, FROZEN, REMEMBERING, COUNTING):
             for rank in found["ranks"]:
                 predicted = plan.predictions.pipeline_ranks[rank["place"]["pp"]].memory
                 assert predicted.weights_bytes >= rank["memory"]["weights_bytes"] >= 0.9 * predicted.weights_bytes
@@ -205,6 +207,18 @@ def test_what_can_not_be_cut_is_refused_by_name(planned, run, said, tmp_path, ca
     assert start([path, "--model", f"tests.modules:{run}"]) == 2
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("counting", "its buffer steps is updated by operations that no parameter"), ("adding", "by values of several segments")]
+)
+def test_a_buffer_that_segments_would_not_update_once_is_refused(name, said):
+    from executor.traced_build import fake_cut
+
+    reference = f"tests.modules:{name}"
+    assert fake_cut(module_plan(reference), reference)
+    with pytest.raises(InputError, match=said):
+        fake_cut(module_plan(reference, again=(1,)), reference)
 
 
 def test_layers_copied_by_torch_and_modules_of_transformers_can_be_cut_anywhere():
